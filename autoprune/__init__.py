@@ -1,0 +1,23 @@
+"""AutoML pruning policy search for PyTorch: how much to remove from each layer, found, proven and handed back."""
+
+from autoprune._version import __version__
+from autoprune.evaluation import Candidate
+from autoprune.export import load
+from autoprune.finaliser import PrunedNetwork
+from autoprune.policy import Policy
+from autoprune.search import SearchResult, open_run, search
+from autoprune.settings import SearchSettings
+from autoprune.task import Task
+
+__all__ = [
+    "Candidate",
+    "Policy",
+    "PrunedNetwork",
+    "SearchResult",
+    "SearchSettings",
+    "Task",
+    "__version__",
+    "load",
+    "open_run",
+    "search",
+]

@@ -1,0 +1,158 @@
+"""`FeasibleSet`: the policies of one network that meet a budget within each group's bounds, as arithmetic on counts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from autoprune.cost.budget import Budget
+from autoprune.cost.count import Cost
+from autoprune.cost.formula import CostModel, Removed
+from autoprune.errors import ConfigError, InfeasibleBudgetError
+from autoprune.policy import Policy
+from autoprune.structure.groups import Structure
+
+__all__ = ["FeasibleSet"]
+
+_STEPS = 40  # bisection steps: 2^-40 is finer than any element count
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeasibleSet:
+    """What may be removed, and what must be.
+
+    More removed never costs more, so the set is bounded by the budget on one side and by the bounds on the other.
+
+    Attributes:
+        structure: The groups; every array here is in their order.
+        costs: Prices counts.
+        budget: The limits.
+        lower: `(groups,)` fewest elements that go.
+        upper: `(groups,)` most elements that go; below the group's size.
+    """
+
+    structure: Structure
+    costs: CostModel
+    budget: Budget
+    lower: Removed
+    upper: Removed
+
+    @classmethod
+    def build(
+        cls,
+        structure: Structure,
+        costs: CostModel,
+        budget: Budget,
+        bounds: Mapping[str, tuple[float, float]] | None = None,
+        max_sparsity: float = 0.9,
+    ) -> Self:
+        """Make the set from sparsities.
+
+        Args:
+            structure: The groups.
+            costs: Prices counts.
+            budget: The limits.
+            bounds: Lowest and highest sparsity of single groups.
+            max_sparsity: Highest sparsity of the others.
+
+        Raises:
+            ConfigError: A bound is of an unknown group, or not `0 <= low <= high < 1`.
+            InfeasibleBudgetError: Not even the highest sparsities meet the budget.
+        """
+        bounds = dict(bounds or {})
+        unknown = [name for name in bounds if name not in structure.names]
+        if unknown:
+            reasons = {locked.name: f"it is locked: {locked.reason}" for locked in structure.locked}
+            reason = reasons.get(unknown[0], f"the network's groups are {', '.join(structure.names)}")
+            raise ConfigError(f"a bound is given for group '{unknown[0]}', but {reason}")
+        for name, (low, high) in bounds.items():
+            if not 0 <= low <= high < 1:
+                raise ConfigError(f"`0 <= low <= high < 1` must hold for a group's bounds, but got {name}=({low}, {high})")
+        pairs = [bounds.get(group.name, (0.0, max_sparsity)) for group in structure]
+        lower = np.array([g.count(low) for g, (low, _) in zip(structure, pairs, strict=True)], dtype=np.int64)
+        upper = np.array([g.count(high) for g, (_, high) in zip(structure, pairs, strict=True)], dtype=np.int64)
+        feasible = cls(structure, costs, budget, lower, upper)
+        if feasible.utilisation(upper) > 1:
+            feasible._refuse()
+        return feasible
+
+    @property
+    def sizes(self) -> Removed:
+        """`(groups,)` elements in every group."""
+        return np.array([group.size for group in self.structure], dtype=np.int64)
+
+    @property
+    def smallest(self) -> Cost:
+        """The smallest cost that can be reached."""
+        return self.costs.cost(self.upper)
+
+    def utilisation(self, removed: Removed) -> float:
+        """Return the largest share of a limit that these counts use; at most 1 where the budget is met."""
+        return self.budget.utilisation(self.costs.cost(removed), self.costs.dense)
+
+    def policy(self, removed: Removed) -> Policy:
+        """Return counts as a policy."""
+        return self.structure.policy(dict(zip(self.structure.names, removed.tolist(), strict=True)))
+
+    def removed(self, policy: Mapping[str, float]) -> Removed:
+        """Return a policy as counts, moved into the bounds."""
+        counts = [group.count(policy.get(group.name, 0.0)) for group in self.structure]
+        return np.clip(np.array(counts, dtype=np.int64), self.lower, self.upper)
+
+    def project(self, sparsities: npt.NDArray[np.float64], target: float = 1.0) -> Removed:
+        """Return the counts nearest to the sparsities, on a line, that use just the target share of the budget.
+
+        From where they stand all sparsities move by the same fraction of the way to their upper bounds, if they cost
+        too much, or to their lower bounds, if they cost less than the target.
+
+        Args:
+            sparsities: `(groups,)`.
+            target: Share of the budget to use; the result uses at most this, where the upper bounds allow.
+        """
+        start = np.clip(sparsities * self.sizes, self.lower, self.upper)
+
+        def at(move: float) -> Removed:
+            end = self.upper if move > 0 else self.lower
+            return np.rint(start + abs(move) * (end - start)).astype(np.int64)
+
+        low, high = (0.0, 1.0) if self.utilisation(at(0.0)) > target else (-1.0, 0.0)
+        if self.utilisation(at(low)) <= target:
+            return at(low)
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.utilisation(at(middle)) > target else (low, middle)
+        return at(high)
+
+    def interval(self, removed: Removed, index: int, undecided: npt.NDArray[np.bool_]) -> tuple[int, int]:
+        """Return the fewest and most elements that group `index` may lose, given what is decided.
+
+        The fewest is what still meets the budget when all other undecided groups lose the most they may.
+
+        Args:
+            removed: `(groups,)` counts; those of undecided groups are not looked at.
+            index: The group to decide.
+            undecided: `(groups,)` whether a group is still to be decided.
+        """
+        counts = np.where(undecided, self.upper, removed)
+        low, high = int(self.lower[index]), int(self.upper[index])
+        while low < high:
+            counts[index] = (low + high) // 2
+            if self.utilisation(counts) <= 1:
+                high = int(counts[index])
+            else:
+                low = int(counts[index]) + 1
+        return low, int(self.upper[index])
+
+    def _refuse(self) -> None:
+        smallest, dense = self.smallest, self.costs.dense
+        for limit in self.budget.limits:
+            reached, allowed = getattr(smallest, limit.metric), limit.absolute(dense)
+            if reached > allowed:
+                locked = ", ".join(group.name for group in self.structure.locked) or "none"
+                raise InfeasibleBudgetError(
+                    f"the budget {limit} allows {allowed:,.0f} {limit.metric}, but the smallest network within the bounds "
+                    f"has {reached:,} ({reached / getattr(dense, limit.metric):.1%} of {getattr(dense, limit.metric):,}); "
+                    f"raise the budget or the bounds' highest sparsity (locked groups: {locked})"
+                )

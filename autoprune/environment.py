@@ -1,0 +1,350 @@
+"""The environment that agents act in: it turns actions into policies, and nothing more.
+
+Agents that propose whole policies use `evaluate`, `value` and `objectives`; agents that decide group by group use
+Gymnasium's `reset` and `step`. Both end in the same evaluator, which counts, caches and records.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import gymnasium
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+from torch import nn
+
+from autoprune.cost import FeasibleSet
+from autoprune.errors import ConfigError
+from autoprune.evaluation.candidate import Candidate
+from autoprune.policy import Policy
+from autoprune.structure import Structure
+
+__all__ = ["LayerFacts", "Observation", "PruningEnv", "Space", "layer_facts"]
+
+Array = npt.NDArray[np.float32]
+
+
+class Space(Protocol):
+    """What the environment needs of a search space; `autoprune.search_spaces.base.SearchSpace` says what each does."""
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """One name a coordinate."""
+        ...
+
+    def decode(self, point: Sequence[float]) -> Policy:
+        """Return the policy that a point stands for."""
+        ...
+
+    def encode(self, policy: Policy) -> list[float]:
+        """Return a point for a policy."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What an agent may know of the layer that writes a group.
+
+    Attributes:
+        outputs: Channels or features that go out.
+        inputs: Channels or features that come in.
+        height: Of what goes out, in pixels; 1 where there are none.
+        width: Likewise.
+        stride: In pixels; 0 for a linear layer.
+        kernel: Side of the kernel in pixels; 0 for a linear layer.
+    """
+
+    outputs: int
+    inputs: int
+    height: int
+    width: int
+    stride: int
+    kernel: int
+
+
+_NO_FACTS = LayerFacts(0, 0, 0, 0, 0, 0)
+
+
+def layer_facts(model: nn.Module, example_input: torch.Tensor, structure: Structure) -> dict[str, LayerFacts]:
+    """Return the facts of each group's first layer.
+
+    Args:
+        model: The dense network; a copy runs once, in eval mode.
+        example_input: `(batch, ...)`.
+        structure: Its groups; one whose first layer does not run is left out.
+    """
+    watched = copy.deepcopy(model).eval()
+    shapes: dict[str, torch.Size] = {}
+    for group in structure:
+        watched.get_submodule(group.layers[0]).register_forward_hook(_note_shape(group.layers[0], shapes))
+    with torch.no_grad():
+        watched(example_input[:1])
+    firsts = {group.name: group.layers[0] for group in structure if group.layers[0] in shapes}
+    return {group: _facts(watched.get_submodule(layer), shapes[layer]) for group, layer in firsts.items()}
+
+
+def _note_shape(name: str, shapes: dict[str, torch.Size]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        shapes.setdefault(name, output.shape)
+
+    return hook
+
+
+def _facts(layer: nn.Module, shape: torch.Size) -> LayerFacts:
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        height, width = (1, *shape[2:])[-2:]
+        return LayerFacts(
+            layer.out_channels, layer.in_channels, height, width, int(layer.stride[0]), int(layer.kernel_size[0])
+        )
+    weight = layer.get_parameter("weight")
+    return LayerFacts(shape[-1], weight.numel() // shape[-1], 1, 1, 0, 0)
+
+
+class Observation(NamedTuple):
+    """The features of the group that is decided next, each in [0, 1]; their meaning is in `PruningEnv`'s table."""
+
+    index: float
+    kind: float
+    outputs: float
+    inputs: float
+    height: float
+    width: float
+    stride: float
+    kernel: float
+    cost: float
+    size: float
+    slope: float
+    target: float
+    fewest: float
+    most: float
+    reduced: float
+    rest: float
+    last: float
+
+
+class PruningEnv(gymnasium.Env[Array, Array]):
+    """One episode decides one policy, group by group, in the order of execution.
+
+    ## Description
+    Follows AMC (He et al. 2018, https://arxiv.org/abs/1802.03494): the agent walks through the network and says for
+    each layer how much goes; the reward is the accuracy of the whole. It differs in that a step is a group of coupled
+    layers, not a layer, and that an action is a fraction of what is feasible: AMC's is a ratio that is clipped to the
+    budget (Algorithm 1) behind the agent's back, so that the agent learns from an action that was never executed.
+
+    ## Action Space
+    `Box(-1, 1, (1,))`. An action `a` removes `round(lo + u (hi - lo))` elements with `u = (a + 1) / 2`, where `lo` is
+    the fewest that still let the budget be met when all groups to come lose the most they may, and `hi` is the most
+    that the group may lose. So every episode meets the budget, and a cheaper policy than the budget asks for is
+    allowed. Where `lo == hi`, the action has no effect.
+
+    ## Observation Space
+    `Box(0, 1, (17,))`, the fields of `Observation`: features of the group that is decided next, the same after `reset`
+    and after `step`. "Cost" is the share of the budget's tightest limit, relative to the dense network's.
+
+    | Index | Name | Meaning | Min | Max |
+    |---|---|---|---|---|
+    | 0 | index | Position of the group, divided by the number of groups | 0 | 1 |
+    | 1 | kind | 0: its first layer is a convolution, 1: it is linear | 0 | 1 |
+    | 2 | outputs | Channels that go out of its first layer, relative to the largest group's | 0 | 1 |
+    | 3 | inputs | Channels that come into its first layer, likewise | 0 | 1 |
+    | 4 | height | Height of what goes out, likewise | 0 | 1 |
+    | 5 | width | Width of what goes out, likewise | 0 | 1 |
+    | 6 | stride | Stride, likewise | 0 | 1 |
+    | 7 | kernel | Side of the kernel, likewise | 0 | 1 |
+    | 8 | cost | Share of the multiply-adds in the layers that write or read it | 0 | 1 |
+    | 9 | size | Elements in the group, relative to the largest group's | 0 | 1 |
+    | 10 | slope | Accuracy lost by sparsity, relative to the most sensitive group's; 0 if not measured | 0 | 1 |
+    | 11 | target | Cost that the budget allows | 0 | 1 |
+    | 12 | fewest | Sparsity at action -1, `lo` divided by the group's size | 0 | 1 |
+    | 13 | most | Sparsity at action 1, `hi` divided by the group's size | 0 | 1 |
+    | 14 | reduced | Cost removed so far | 0 | 1 |
+    | 15 | rest | Cost that this group and those to come can remove | 0 | 1 |
+    | 16 | last | Sparsity of the group before; 0 at the first | 0 | 1 |
+
+    The observation that ends an episode has index 1, features 1 to 10, 12, 13 and 15 zero, and the others as usual.
+
+    ## Rewards
+    0 until the last group; then the value of the evaluated candidate, `worst` if it failed.
+
+    ## Starting State
+    Nothing is decided; always the same.
+
+    ## Episode End
+    1. Termination: the last group is decided and the policy is evaluated.
+
+    There is no truncation. `step` raises `SearchOver` in place of the last step when the evaluations are spent.
+
+    ## Information
+    `group`: name of the group that was decided (after `reset`: that is decided first); `removed`: how many elements it
+    loses; `saturated`: whether `lo == hi`; at the end `candidate`.
+
+    ## Arguments
+    See below.
+
+    ## Version History
+    * v0: initial version.
+
+    Args:
+        feasible: The policies to choose from.
+        space: What points of a search space stand for, for agents that use one.
+        evaluate: Measures a policy; raises `SearchOver` when evaluations or time are spent.
+        value: What to raise, of a candidate that did not fail.
+        evaluations: How many policies may be evaluated.
+        warm_starts: Policies that are worth to be evaluated first.
+        layers: Facts of the groups' layers; missing ones are zero in the observation.
+        slopes: Accuracy lost by sparsity, of each group; missing or negative ones are zero in the observation.
+        worst: Value of a candidate that failed.
+
+    Raises:
+        ConfigError: There is no group to decide.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium declares it so
+
+    def __init__(
+        self,
+        feasible: FeasibleSet,
+        space: Space,
+        evaluate: Callable[[Policy], Candidate],
+        *,
+        value: Callable[[Candidate], float],
+        evaluations: int,
+        warm_starts: Sequence[Policy] = (),
+        layers: Mapping[str, LayerFacts] = MappingProxyType({}),
+        slopes: Mapping[str, float] = MappingProxyType({}),
+        worst: float = 0.0,
+    ) -> None:
+        if not len(feasible.structure):
+            raise ConfigError("there is nothing to search: the network has no group that can be pruned")
+        self.feasible = feasible
+        self.space = space
+        self.evaluations = evaluations
+        self.warm_starts = tuple(warm_starts)
+        self.worst = worst
+        self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.observation_space = spaces.Box(0.0, 1.0, (len(Observation._fields),), np.float32)
+        self._evaluate = evaluate
+        self._value = value
+        self._groups = feasible.structure.groups
+        self._dense = feasible.utilisation(np.zeros_like(feasible.lower))
+        self._constant = _constant_features(feasible, layers, slopes)
+        self._removed = feasible.lower.copy()
+        self._next = len(self._groups)  # an episode starts with `reset`
+
+    # -- for agents that propose whole policies -------------------------------------------------------------------
+
+    def evaluate(self, policy: Policy) -> Candidate:
+        """Measure a policy.
+
+        Raises:
+            SearchOver: Evaluations or time are spent.
+        """
+        return self._evaluate(policy)
+
+    def value(self, candidate: Candidate) -> float:
+        """Return what to raise, always finite; `worst` for a candidate that failed."""
+        if candidate.failure is not None:
+            return self.worst
+        value = float(self._value(candidate))
+        return value if math.isfinite(value) else self.worst
+
+    def objectives(self, candidate: Candidate) -> tuple[float, float, float]:
+        """Return accuracy (NaN if the candidate failed), and MACs and parameters relative to the dense network."""
+        dense = self.feasible.costs.dense
+        return candidate.accuracy, candidate.macs / dense.macs, candidate.params / dense.params
+
+    # -- for agents that decide group by group --------------------------------------------------------------------
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        """Start an episode; the seed has no effect but Gymnasium's own, as nothing here is random."""
+        super().reset(seed=seed)
+        self._removed = self.feasible.lower.copy()
+        self._next = 0
+        return self._observation(), {"group": self._groups[0].name}
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        """Decide the next group.
+
+        Raises:
+            ConfigError: The action is not in the action space.
+            ResetNeeded: The episode has ended.
+            SearchOver: The evaluations are spent.
+        """
+        if self._next == len(self._groups):
+            raise ResetNeeded("the episode has ended, or never began: call `reset` before `step`")
+        if not self.action_space.contains(np.asarray(action, dtype=np.float32)):
+            raise ConfigError(f"an action is one number in [-1, 1], but got {np.asarray(action).tolist()}")
+        low, high = self._interval()
+        decided = self._groups[self._next]
+        self._removed[self._next] = round(low + (float(action[0]) + 1) / 2 * (high - low))
+        info = {"group": decided.name, "removed": int(self._removed[self._next]), "saturated": low == high}
+        self._next += 1
+        terminated = self._next == len(self._groups)
+        reward = 0.0
+        if terminated:
+            candidate = self.evaluate(self.feasible.policy(self._removed))
+            info["candidate"] = candidate
+            reward = self.value(candidate)
+        return self._observation(), reward, terminated, False, info
+
+    def action_for(self, policy: Policy) -> Array:
+        """Return the action that takes what a policy says from the group that is decided next, or the nearest to it."""
+        low, high = self._interval()
+        wanted = self.feasible.removed(policy)[self._next]
+        share = (wanted - low) / (high - low) if high > low else 0.0
+        return np.array([min(1.0, max(-1.0, 2 * share - 1))], dtype=np.float32)
+
+    def _interval(self) -> tuple[int, int]:
+        return self.feasible.interval(self._removed, self._next, np.arange(len(self._groups)) >= self._next)
+
+    def _observation(self) -> Array:
+        undecided = np.arange(len(self._groups)) >= self._next
+        most_expensive = self.feasible.utilisation(np.where(undecided, self.feasible.lower, self._removed))
+        cheapest = self.feasible.utilisation(np.where(undecided, self.feasible.upper, self._removed))
+        changing = {
+            "index": self._next / len(self._groups),
+            "target": min(1.0, 1 / self._dense),
+            "reduced": 1 - most_expensive / self._dense,
+            "rest": (most_expensive - cheapest) / self._dense,
+            "last": self._removed[self._next - 1] / self._groups[self._next - 1].size if self._next else 0.0,
+        }
+        if self._next == len(self._groups):
+            features = Observation(**dict.fromkeys(Observation._fields, 0.0) | changing)
+        else:
+            size = self._groups[self._next].size
+            low, high = self._interval()
+            features = Observation(**self._constant[self._next] | changing, fewest=low / size, most=high / size)
+        return np.clip(np.array(features, dtype=np.float32), 0.0, 1.0)  # rounding errors only: all are shares
+
+
+def _constant_features(
+    feasible: FeasibleSet, layers: Mapping[str, LayerFacts], slopes: Mapping[str, float]
+) -> list[dict[str, float]]:
+    """Return, for each group, the features that no decision changes."""
+    groups = feasible.structure.groups
+    facts = [layers.get(group.name, _NO_FACTS) for group in groups]
+    columns = {
+        "outputs": [fact.outputs for fact in facts],
+        "inputs": [fact.inputs for fact in facts],
+        "height": [fact.height for fact in facts],
+        "width": [fact.width for fact in facts],
+        "stride": [fact.stride for fact in facts],
+        "kernel": [fact.kernel for fact in facts],
+        "size": [group.size for group in groups],
+        "slope": [max(0.0, slopes.get(group.name, 0.0)) for group in groups],
+    }
+    scaled = {name: [value / (max(values) or 1) for value in values] for name, values in columns.items()}
+    return [
+        {name: values[index] for name, values in scaled.items()}
+        | {
+            "kind": float(group.name in layers and facts[index].kernel == 0),
+            "cost": min(1.0, feasible.costs.macs_share(group.name)),
+        }
+        for index, group in enumerate(groups)
+    ]

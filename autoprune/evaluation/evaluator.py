@@ -1,0 +1,232 @@
+"""The evaluator: slice, recover, measure, write down. The one place that counts, caches and records evaluations.
+
+Agents propose through an `Arm`, which ends them by `SearchOver`; they can't open a data set. An evaluation depends on
+the policy and the search's seed alone, never on what was evaluated before, so that a ledger can be replayed.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from autoprune.cost import CostModel
+from autoprune.errors import SearchOver
+from autoprune.evaluation.candidate import Candidate, Measurement
+from autoprune.evaluation.ledger import Ledger
+from autoprune.evaluation.measure import Samples, measure
+from autoprune.finetuning import DivergedError, Recipe, recalibrate, train
+from autoprune.policy import Policy
+from autoprune.seeds import derive
+from autoprune.structure import Structure, remove
+from autoprune.task import Task
+
+__all__ = ["Arm", "Evaluator", "Recovery", "Workbench"]
+
+_REPEATS = 200  # proposals in a row that were all evaluated before: the agent has converged
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """How far a candidate's weights are recovered before it is measured.
+
+    Attributes:
+        calibration_images: Augmented training images for the batch-norm statistics.
+        finetune_steps: Gradient steps of short fine-tuning; 0 stops at `recalibrated`.
+        recipe: Of the fine-tuning.
+    """
+
+    calibration_images: int = 2000
+    finetune_steps: int = 50
+    recipe: Recipe = Recipe()
+
+
+class Workbench:
+    """A network made ready for slicing and measuring: on one device, in one layout, with its data beside it.
+
+    Args:
+        task: What the user brought; its network is copied.
+        structure: The network's groups.
+        orders: Group name → elements, least important first.
+        calibration_images: How many augmented training images batch-norm statistics are made from.
+        seed: Of the calibration images.
+    """
+
+    def __init__(
+        self, task: Task, structure: Structure, orders: Mapping[str, Sequence[int]], calibration_images: int, seed: int
+    ) -> None:
+        self.task = task
+        self.structure = structure
+        self.orders = orders
+        self.model = task.fresh_model().eval()
+        self._spatial = task.example_input.dim() == 4
+        if self._spatial:
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # typed without it
+        self._device = next(iter(self.model.parameters())).device
+        self._calibration = list(
+            self.placed(task.calibration_batches(calibration_images, 250, derive(seed, "calibration")))
+        )
+        self._val = list(self.placed(task.val_batches(500)))
+
+    def placed(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield batches on the network's device, in its memory layout."""
+        for inputs, targets in batches:
+            layout = torch.channels_last if self._spatial else torch.contiguous_format
+            yield inputs.to(self._device, memory_format=layout), targets.to(self._device)
+
+    @property
+    def calibration(self) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """The calibration batches, ready."""
+        return self._calibration
+
+    def sliced(self, removed: Mapping[str, int]) -> nn.Module:
+        """Return the network without the least important elements, so many of every group."""
+        return remove(self.model, self.structure, {name: self.orders[name][:count] for name, count in removed.items()})
+
+    def recalibrate(self, model: nn.Module) -> None:
+        """Make batch-norm statistics anew, in place."""
+        recalibrate(model, self._calibration)
+
+    def measure(self, model: nn.Module) -> Samples:
+        """Measure a network on the validation split."""
+        return measure(model, self._val, self.task.metric, self.task.loss)
+
+
+class Evaluator:
+    """Turns policies into candidates.
+
+    Args:
+        bench: The network and its data.
+        costs: Prices policies.
+        recovery: How far weights are recovered.
+        ledger: Where candidates are written, and looked up before anything is evaluated.
+        seed: Of fine-tuning.
+    """
+
+    def __init__(self, bench: Workbench, costs: CostModel, recovery: Recovery, ledger: Ledger, seed: int) -> None:
+        self.bench = bench
+        self.costs = costs
+        self.recovery = recovery
+        self.ledger = ledger
+        self.seed = seed
+
+    def evaluate(self, policy: Policy, *, arm: str, agent: str) -> Candidate:
+        """Return the candidate of a policy, from the ledger if the same elements were removed before.
+
+        Raises:
+            PolicyError: The policy names a group that the network does not offer.
+        """
+        removed = self.bench.structure.removed(policy)
+        rounded = self.bench.structure.policy(removed)
+        known = self.ledger.get(rounded.id)
+        if known is not None:
+            return known
+        started = time.perf_counter()
+        failure = None
+        measurements: tuple[Measurement, ...] = ()
+        try:
+            _, measurements = self.recovered(rounded)
+        except DivergedError as error:
+            failure = str(error)
+        if failure is None and not all(math.isfinite(m.loss) for m in measurements):
+            failure = f"the validation loss is {measurements[-1].loss}"
+        candidate = Candidate(
+            number=len(self.ledger),
+            id=rounded.id,
+            arm=arm,
+            agent=agent,
+            policy=rounded,
+            removed=removed,
+            cost=self.costs.cost(removed),
+            measurements=measurements if failure is None else (),
+            seconds=time.perf_counter() - started,
+            failure=failure,
+        )
+        self.ledger.append(candidate)
+        return candidate
+
+    def recovered(self, policy: Policy) -> tuple[nn.Module, tuple[Measurement, ...]]:
+        """Build a policy's network and recover its weights, always to the same result.
+
+        Returns:
+            The network, in eval mode, and what it measured at every rung.
+
+        Raises:
+            DivergedError: The loss is not finite while fine-tuning.
+        """
+        model = self.bench.sliced(self.bench.structure.removed(policy))
+        self.bench.recalibrate(model)
+        measurements = [self.bench.measure(model).summary("recalibrated")]
+        steps = self.recovery.finetune_steps
+        if steps > 0 and math.isfinite(measurements[0].loss):
+            self.train(model, steps, self.recovery.recipe, derive(self.seed, "fine-tuning", policy.id))
+            measurements.append(self.bench.measure(model).summary("short"))
+        return model, tuple(measurements)
+
+    def train(
+        self,
+        model: nn.Module,
+        steps: int,
+        recipe: Recipe,
+        seed: int,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> None:
+        """Fine-tune a network in place on the task's augmented training stream (see `autoprune.finetuning.train`)."""
+        task = self.bench.task
+        batches = self.bench.placed(task.train_batches(recipe.batch_size, seed))
+        train(model, batches, steps, recipe=recipe, loss=task.loss, seed=seed, progress=progress)
+
+
+class Arm:
+    """One agent's access to the evaluator: counts what it proposes, and ends it.
+
+    Distinct policies count, whether they were evaluated by this arm or found in the ledger, so that a search that is
+    replayed from its ledger ends where it ended the first time.
+
+    Args:
+        evaluator: What evaluates.
+        arm: "search", "uniform" or "random".
+        agent: The agent's name.
+        limit: Distinct policies that may be proposed.
+        deadline: Value of `time.monotonic()` after which nothing new is evaluated, or None.
+
+    Attributes:
+        stopped: Why the arm ended before its limit, or None.
+    """
+
+    def __init__(self, evaluator: Evaluator, arm: str, agent: str, limit: int, deadline: float | None = None) -> None:
+        self._evaluator = evaluator
+        self._arm, self._agent = arm, agent
+        self._deadline = deadline
+        self._repeats = 0
+        self.limit = limit
+        self.candidates: dict[str, Candidate] = {}
+        self.stopped: str | None = None
+
+    def __call__(self, policy: Policy) -> Candidate:
+        """Evaluate a policy.
+
+        Raises:
+            SearchOver: The limit, the deadline, or the end of new ideas is reached; nothing was evaluated.
+        """
+        policy_id = self._evaluator.bench.structure.rounded(policy).id
+        if policy_id in self.candidates:
+            self._repeats += 1
+            if self._repeats >= _REPEATS:
+                self._end(f"the agent proposed nothing new {_REPEATS} times in a row")
+            return self.candidates[policy_id]
+        if len(self.candidates) >= self.limit:
+            raise SearchOver("all evaluations are spent")
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        if late and self._evaluator.ledger.get(policy_id) is None:
+            self._end("time limit")
+        candidate = self._evaluator.evaluate(policy, arm=self._arm, agent=self._agent)
+        self.candidates[policy_id] = candidate
+        self._repeats = 0
+        return candidate
+
+    def _end(self, reason: str) -> None:
+        self.stopped = reason
+        raise SearchOver(reason)

@@ -1,0 +1,65 @@
+"""The ledger: every candidate on disk before its result is used, one JSON object a line."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from autoprune.errors import RunError
+from autoprune.evaluation.candidate import Candidate
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """What was evaluated, in order, by policy id.
+
+    A line is written, flushed and synced before `append` returns. A process killed while writing leaves half a line,
+    which the next start cuts off: its candidate was not used yet.
+
+    Args:
+        path: The file; None keeps the ledger in memory.
+
+    Raises:
+        RunError: A line other than the last can't be read.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._candidates: dict[str, Candidate] = {}
+        if path is not None and path.exists():
+            self._read(path)
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self._candidates.values())
+
+    def get(self, policy_id: str) -> Candidate | None:
+        """Return the candidate of a policy, if it was evaluated."""
+        return self._candidates.get(policy_id)
+
+    def append(self, candidate: Candidate) -> None:
+        """Write a candidate down; when this returns it is on disk."""
+        if candidate.id in self._candidates:
+            raise ValueError(f"policy {candidate.id} is in the ledger already")
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(candidate.to_dict()) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self._candidates[candidate.id] = candidate
+
+    def _read(self, path: Path) -> None:
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                candidate = Candidate.from_dict(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"line {number} of {path} can't be read ({error}); move the file away to start anew") from error
+            self._candidates[candidate.id] = candidate

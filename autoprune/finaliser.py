@@ -1,0 +1,114 @@
+"""What happens to the picked candidate: full fine-tuning, the test set read once, and saving."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autoprune import export
+from autoprune.errors import ConfigError
+from autoprune.evaluation import Candidate, Evaluator, Measurement, measure
+from autoprune.finetuning import Recipe
+from autoprune.seeds import derive
+from autoprune.structure import kept_indices, select
+from autoprune.task import FINALISER
+
+__all__ = ["PrunedNetwork"]
+
+
+class PrunedNetwork:
+    """A smaller network with what was measured of it.
+
+    Args:
+        evaluator: What built it.
+        candidate: The candidate that it is.
+        model: The network, in eval mode.
+        measured: On the validation split, as it is now.
+        rule: Why it was picked.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, candidate: Candidate, model: nn.Module, measured: Measurement, rule: str
+    ) -> None:
+        self.candidate = candidate
+        self.model = model
+        self.measured = measured
+        self.rule = rule
+        self._evaluator = evaluator
+
+    @property
+    def accuracy(self) -> float:
+        """On the validation split."""
+        return self.measured.accuracy
+
+    @property
+    def fidelity(self) -> str:
+        """How far the weights are recovered."""
+        return self.measured.fidelity
+
+    def finetune(
+        self,
+        epochs: int = 10,
+        *,
+        recipe: Recipe | None = None,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> "PrunedNetwork":
+        """Return the network after full fine-tuning on the training split; this one is left as it is.
+
+        Args:
+            epochs: Passes over the training split.
+            recipe: Settings; by default those of the search's short fine-tuning.
+            progress: Called after every step with the steps done and the step's loss.
+
+        Raises:
+            ConfigError: `epochs` is below 1.
+            DivergedError: The loss is not finite.
+        """
+        if epochs < 1:
+            raise ConfigError(f"`epochs >= 1` must hold, but got epochs={epochs}")
+        settings = recipe or self._evaluator.recovery.recipe
+        steps = epochs * max(1, self._evaluator.bench.task.n_train // settings.batch_size)
+        model = select(self.model, {})
+        seed = derive(self._evaluator.seed, "full fine-tuning", self.candidate.id)
+        self._evaluator.train(model, steps, settings, seed, progress)
+        measured = self._evaluator.bench.measure(model).summary("full")
+        return PrunedNetwork(self._evaluator, self.candidate, model, measured, self.rule)
+
+    def test(self) -> tuple[Measurement, Measurement]:
+        """Read the test set, once in the task's life, and return what this and the dense network do on it.
+
+        Raises:
+            TestSetError: The task has no test split, or it was read before.
+        """
+        bench = self._evaluator.bench
+        batches = list(bench.placed(bench.task.open_test(FINALISER).batches(500)))
+        pruned = measure(self.model, batches, bench.task.metric, bench.task.loss).summary(self.fidelity)
+        return pruned, measure(bench.model, batches, bench.task.metric, bench.task.loss).summary("dense")
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the network to a folder that `autoprune.load` reads, and prove that it loads to the same outputs.
+
+        Raises:
+            RunError: The folder can't be written, or the saved network computes something else.
+        """
+        bench = self._evaluator.bench
+        removed = {name: bench.orders[name][:count] for name, count in self.candidate.removed.items()}
+        measured: dict[str, Any] = {
+            "id": self.candidate.id,
+            "policy": dict(self.candidate.policy),
+            "widths": {g.name: f"{g.size} -> {g.size - self.candidate.removed[g.name]}" for g in bench.structure},
+            "accuracy": self.measured.accuracy,
+            "accuracy_se": self.measured.accuracy_se,
+            "fidelity": self.fidelity,
+            "rule": self.rule,
+            **self.candidate.cost.to_dict(),
+        }
+        return export.save(
+            self.model,
+            folder,
+            dense=bench.model,
+            kept=kept_indices(bench.model, bench.structure, removed),
+            example_input=bench.task.example_input,
+            measured=measured,
+        )

@@ -1,0 +1,41 @@
+"""Batch-norm recalibration: the statistics of a sliced network measured anew, without touching a weight.
+
+The cheapest recovery there is: slicing changes what every later batch-norm sees, and the dense network's averages are
+wrong for it. The batches must be augmented as in training, since that is what the averages were made from.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+__all__ = ["recalibrate"]
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Replace the running statistics of every batch-norm, in place, by plain averages over the batches.
+
+    All else stays in eval mode (dropout draws nothing). A network without batch-norm is left as it is.
+
+    Args:
+        model: The network; its mode is restored.
+        batches: `(inputs, targets)`; batches of one sample are left out, since they have no variance.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for a cumulative average
+        norm.train()
+    for inputs, _ in batches:
+        if len(inputs) > 1:
+            model(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    for module, training in modes:
+        module.training = training

@@ -1,0 +1,76 @@
+"""Names of agents, search spaces and criteria, as text, so that listing them imports none of them.
+
+A member is `"module:attribute"`. Packages of others add theirs through the entry-point groups `autoprune.agents`,
+`autoprune.search_spaces` and `autoprune.scoring`.
+"""
+
+import importlib
+from importlib.metadata import entry_points
+from types import MappingProxyType
+from typing import Any
+
+from autoprune.errors import ConfigError, UnknownNameError
+
+__all__ = ["FAMILIES", "names", "resolve"]
+
+FAMILIES = MappingProxyType(
+    {
+        "agent": MappingProxyType(
+            {
+                "amc": "autoprune.agents.amc:AMCAgent",
+                "nsga2": "autoprune.agents.optuna:NSGA2Agent",
+                "random": "autoprune.agents.random:RandomAgent",
+                "tpe": "autoprune.agents.optuna:TPEAgent",
+                "uniform": "autoprune.agents.uniform:UniformAgent",
+            }
+        ),
+        "search space": MappingProxyType(
+            {
+                "group": "autoprune.search_spaces.per_group:PerGroup",
+                "stage": "autoprune.search_spaces.per_stage:PerStage",
+                "uniform": "autoprune.search_spaces.uniform:Uniform",
+            }
+        ),
+        "criterion": MappingProxyType(
+            {
+                "l1": "autoprune.scoring.l1:L1",
+                "l2": "autoprune.scoring.l2:L2",
+                "random": "autoprune.scoring.random:Random",
+                "taylor": "autoprune.scoring.taylor:Taylor",
+            }
+        ),
+    }
+)
+
+_ENTRY_POINT_GROUPS = {
+    "agent": "autoprune.agents",
+    "search space": "autoprune.search_spaces",
+    "criterion": "autoprune.scoring",
+}
+
+
+def _table(family: str) -> dict[str, str]:
+    table = dict(FAMILIES[family])
+    for entry in entry_points(group=_ENTRY_POINT_GROUPS[family]):
+        if entry.name in table:
+            raise ConfigError(f"{family} '{entry.name}' is defined twice: {table[entry.name]} and {entry.value}")
+        table[entry.name] = entry.value
+    return table
+
+
+def names(family: str) -> list[str]:
+    """Return the names of a family's members, sorted; imports none of them."""
+    return sorted(_table(family))
+
+
+def resolve(family: str, name: str) -> Any:
+    """Import and return the class or function behind a name.
+
+    Raises:
+        UnknownNameError: The family has no such member.
+    """
+    table = _table(family)
+    if name not in table:
+        raise UnknownNameError(family, name, table)
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,411 @@
+"""The HTML page: its words, tables and look, and writing it. The figures come from `figures.py`.
+
+Everything the page needs is inside it, Plotly's JavaScript too, and a content security policy forbids it to load
+anything else. All text that comes from a run is escaped.
+"""
+
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import plotly.io
+from plotly.offline import get_plotlyjs
+
+from autoprune.errors import RunError
+from autoprune.report.data import Run, read_run
+from autoprune.report.figures import figures
+from autoprune.report.style import STYLE
+from autoprune.report.wording import bytes_text, findings, headline, measured, percent, quantity, share, signed
+
+__all__ = ["figure_files", "page", "write_report"]
+
+ABSENT = {
+    "ledger.jsonl": "No candidate has been evaluated yet.",
+    "sensitivity.json": "The groups have not been analysed; `autoprune sensitivity` does that.",
+    "front.json": "The search has not written its front; what is drawn here is the front of the ledger so far.",
+    "result.json": "The search has not finished, so no candidate is picked; start it again to go on.",
+    "final.json": "The picked candidate has not been fine-tuned fully; `autoprune finalize` does that.",
+}
+
+LOWEST = "The lowest marks may lie below the axis: drag to zoom, double-click to see all."
+CONFIG = {"displayModeBar": False, "responsive": True}
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run folder, from the files that lie there, and return its path.
+
+    Raises:
+        RunError: The folder is not a run, one of its files can't be read, or the page can't be written.
+    """
+    text = page(read_run(run))
+    target, temporary = run / "report.html", run / "report.html.part"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise RunError(f"'{target}' can't be written ({error.strerror}); make the folder writable") from error
+    return target
+
+
+def figure_files(run: Path, folder: Path) -> list[Path]:
+    """Write each figure of a run as an HTML file of its own (5 MB, works offline) and return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures(read_run(run)).items():
+        path = folder / f"{name}.html"
+        path.write_text(plotly.io.to_html(figure, config=CONFIG, include_plotlyjs=True), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def page(run: Run) -> str:
+    """Return the whole page."""
+    drawn = figures(run)
+    sections = [
+        _header(run),
+        _result(run),
+        _front(run, drawn),
+        _policy(run, drawn),
+        _progress(run, drawn),
+        _sensitivity(run, drawn),
+        _groups(run),
+        _locked(run),
+        _failures(run),
+        _settings(run),
+    ]
+    title = _text(f"{_title(run)} · autoprune")
+    return (
+        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
+        "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; script-src 'unsafe-inline'; "
+        "style-src 'unsafe-inline'; img-src data: blob:\">\n"
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n"
+        + "\n".join(section for section in sections if section)
+        + f"\n</main>\n<script type='application/json' id='figures'>{_script_data(drawn)}</script>\n"
+        f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- sections
+
+
+def _header(run: Run) -> str:
+    tiles = ""
+    if run.picked:
+        picked, dense = run.picked, run.dense
+        change = signed(picked["accuracy"] - dense["accuracy"])
+        tiles = "".join(
+            f"<div class='tile'><dt>{label}</dt><dd>{value}</dd><dd class='note'>{note}</dd></div>"
+            for label, value, note in (
+                ("Accuracy", percent(picked["accuracy"]), f"{change} points, dense {percent(dense['accuracy'])}"),
+                *(
+                    (label, text(picked[key]), f"{share(picked[key], dense[key])} of {text(dense[key])}")
+                    for label, key, text in (
+                        ("MACs", "macs", quantity),
+                        ("Parameters", "params", quantity),
+                        ("Weights on disk", "bytes", bytes_text),
+                    )
+                ),
+            )
+        )
+        tiles = f"<dl class='tiles'>{tiles}</dl>"
+    return (
+        f"<header><p class='eyebrow'>autoprune · {_text(run.name)}</p><h1>{_text(_title(run))}</h1>"
+        f"<p class='lead'>{_text(headline(run))}</p>{tiles}</header>"
+    )
+
+
+def _result(run: Run) -> str:
+    notes = "".join(f"<li>{_code(ABSENT[name])}</li>" for name in run.missing)
+    notes = f"<ul class='absent'>{notes}</ul>" if notes else ""
+    if not run.result or not run.picked:
+        return f"<section><h2>State of the run</h2>{notes}</section>" if notes else ""
+    result, dense, picked = run.result, run.dense, run.picked
+    rows = [_compared(run, "Dense", dense), _compared(run, "Picked", picked, css="picked")]
+    if result.get("uniform"):
+        rows.append(_compared(run, "Uniform at the same cost", result["uniform"]))
+    random = result.get("random") or {}
+    if random.get("best"):
+        label = "Random, one policy" if random["size"] == 1 else f"Random, best of {random['size']}"
+        rows.append(_compared(run, label, random["best"]))
+    table = _table(
+        ["", "Accuracy", "Δ points", "MACs", "of dense", "Parameters", "of dense", "Size", "Recovery"],
+        rows,
+        text_columns=(0, 8),
+    )
+    found = "".join(f"<div><dt>{_text(title)}</dt><dd>{_code(text)}</dd></div>" for title, text in findings(run))
+    effort = f"{result['evaluations']} evaluations"
+    if result.get("seconds"):
+        effort += f", {_duration(result['seconds'])}"
+    return (
+        f"<section><h2>Dense against picked</h2><p class='caption'>Picked: {_text(picked['rule'])}, by "
+        f"{_text(result['agent'])} in {_text(effort)}. Accuracy is that of the validation set, ± one standard error; "
+        "the error of a difference takes both as independent, which on the same images overstates it.</p>"
+        f"{table}{_final_table(run)}<dl class='findings'>{found}</dl>{notes}</section>"
+    )
+
+
+def _compared(run: Run, label: str, item: Mapping[str, Any], css: str = "") -> tuple[str, list[str]]:
+    """Return one line of the comparison; the dense network has no id and is not compared with itself."""
+    dense = run.dense
+    line = run.line(item["id"]) if "id" in item else item
+    return css, [
+        _text(label),
+        measured(item["accuracy"], item.get("accuracy_se")),
+        signed(item["accuracy"] - dense["accuracy"]) if "id" in item else "",
+        quantity(item["macs"]),
+        share(item["macs"], dense["macs"]),
+        quantity(item["params"]),
+        share(item["params"], dense["params"]),
+        bytes_text(line["bytes"]) if line else "",
+        _text(item["fidelity"]) if "id" in item else "",
+    ]
+
+
+def _final_table(run: Run) -> str:
+    if not run.final:
+        return ""
+    rows = [
+        ("", [label, measured(run.final[key]["accuracy"], run.final[key]["accuracy_se"])])
+        for label, key in (
+            ("Picked, validation set", "val"),
+            ("Picked, test set", "test"),
+            ("Dense, test set", "dense_test"),
+        )
+        if run.final.get(key)
+    ]
+    epochs = _text(str(run.final["epochs"]))
+    return _table([f"After full fine-tuning ({epochs} epochs)", "Accuracy"], rows, css="narrow")
+
+
+def _front(run: Run, drawn: Mapping[str, go.Figure]) -> str:
+    size = len(run.rows)
+    volume = f" Hypervolume of the front: {run.front['hypervolume']:.3f} of at most 1." if run.front else ""
+    return _figure_section(
+        drawn,
+        "front",
+        "The front",
+        f"Up and to the left is better. Each mark is one of {size} measured candidates; the line joins those that no "
+        "other beats in accuracy and MACs (marks on the front beside the line owe their place to fewer parameters). "
+        f"Point at a mark to read its policy: the share of each group that is removed. {LOWEST}{volume}",
+    )
+
+
+def _policy(run: Run, drawn: Mapping[str, go.Figure]) -> str:
+    text = "The share of each group that the picked candidate removes, in the order of execution, and the widths."
+    if run.picked and run.widths(run.picked):
+        widths = run.widths(run.picked)
+        most, least = max(widths, key=lambda width: width.sparsity), min(widths, key=lambda width: width.sparsity)
+        text += (
+            f" Most goes from {most.group} ({percent(most.sparsity, 0)}), least from {least.group} "
+            f"({percent(least.sparsity, 0)})."
+        )
+        if run.result and run.result.get("uniform"):
+            text += " The green stroke is uniform pruning at the same cost."
+    return _figure_section(drawn, "policy", "What is removed where", text)
+
+
+def _progress(run: Run, drawn: Mapping[str, go.Figure]) -> str:
+    return _figure_section(
+        drawn,
+        "progress",
+        "Progress of the search",
+        "The best candidate so far against the number of candidates. A line that still improves at the end asks for a "
+        "longer search; one that stays worse than the dashed line has found nothing better than uniform pruning. "
+        f"{LOWEST}",
+    )
+
+
+def _sensitivity(run: Run, drawn: Mapping[str, go.Figure]) -> str:
+    if "curves" not in drawn:
+        return ""
+    at_half = [(cell, group) for group in run.groups if (cell := _cell_near(group, 0.5))]
+    ranked = sorted(at_half, key=lambda pair: pair[0]["accuracy"])
+    text = "Each group pruned alone, all others dense, batch-norm recalibrated, no fine-tuning. "
+    if len(ranked) > 1:
+        (low, first), (high, last) = ranked[0], ranked[-1]
+        dense = run.dense["accuracy"]
+        text += (
+            f"Near half removed, {first['name']} loses most ({signed(low['accuracy'] - dense)} points) and "
+            f"{last['name']} least ({signed(high['accuracy'] - dense)}). "
+        )
+    curves = _figure_section(
+        drawn,
+        "curves",
+        "Sensitivity of each group",
+        text
+        + "Across: elements removed; all panels share their axes. The switch shows the loss (log scale) beside what "
+        "one pass of first-order Taylor predicts.",
+    )
+    heat = _figure_section(
+        drawn,
+        "heatmap",
+        "Sensitivity at a glance",
+        "Points of accuracy lost, darker is worse. A dark cell far left marks a group to leave alone; a row that stays "
+        "light can give up much.",
+    )
+    return curves + heat
+
+
+def _groups(run: Run) -> str:
+    if not run.groups:
+        return ""
+    widths = {width.group: width for width in run.widths(run.picked)} if run.picked else {}
+    dense = run.dense["accuracy"]
+    rows = []
+    for group in run.groups:
+        cell = _cell_near(group, 0.5)
+        coupled = [layer for layer in group["layers"] if layer != group["name"]]
+        also = f"<small>with {_text(', '.join(coupled))}</small>" if coupled else ""
+        rows.append(
+            (
+                "",
+                [
+                    f"{_text(group['name'])}{also}",
+                    _text(group["kind"]),
+                    _text(str(group["size"])),
+                    percent(group["macs_share"]),
+                    f"{signed(cell['accuracy'] - dense)} at {percent(cell['sparsity'], 0)}" if cell else "",
+                    _largest_harmless(group, dense),
+                    widths[group["name"]].text if group["name"] in widths else "",
+                ],
+            )
+        )
+    headings = ["Group", "Kind", "Size", "MACs share", "Δ points", "Within 1 point", "Picked width"]
+    return (
+        "<section><h2>Groups</h2><p class='caption'>Layers that can only be pruned together are one group. MACs share: "
+        "what the layers that write or read the group cost (shares overlap, so they do not add up to 100&nbsp;%). "
+        "Within 1 point: the largest measured sparsity of the group alone that loses no more than that.</p>"
+        f"{_table(headings, rows, text_columns=(0, 1))}</section>"
+    )
+
+
+def _locked(run: Run) -> str:
+    if not run.locked:
+        return ""
+    rows = [("", [_text(g["name"]), _text(g["kind"]), _text(str(g["size"])), _text(g["reason"])]) for g in run.locked]
+    table = _table(["Elements", "Kind", "Size", "Reason"], rows, text_columns=(0, 1, 3))
+    return (
+        "<section><h2>What can't be pruned</h2><p class='caption'>Not measured and not ranked: these are not robust, "
+        f"they are out of reach.</p>{table}</section>"
+    )
+
+
+def _failures(run: Run) -> str:
+    if not run.failures:
+        return ""
+    rows = [("", [str(line["number"]), _text(line["id"]), _text(str(line["failure"]))]) for line in run.failures]
+    return (
+        "<section><h2>Failed candidates</h2><p class='caption'>Recorded and left out of every figure.</p>"
+        f"{_table(['Number', 'Candidate', 'Reason'], rows, text_columns=(0, 1, 2))}</section>"
+    )
+
+
+def _settings(run: Run) -> str:
+    blocks = ""
+    for title, key in (("Task", "task"), ("Search", "search"), ("Versions", "versions")):
+        items = [f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in _flat(run.config.get(key) or {})]
+        if items:
+            blocks += f"<div><h3>{title}</h3><dl>{''.join(items)}</dl></div>"
+    return f"<section><h2>Settings</h2><div class='settings'>{blocks}</div></section>" if blocks else ""
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def _figure_section(drawn: Mapping[str, go.Figure], name: str, title: str, caption: str) -> str:
+    if name not in drawn:
+        return ""
+    height = int(drawn[name].layout.height)
+    return (
+        f"<section><h2>{title}</h2><p class='caption'>{_text(caption)}</p>"
+        f"<div class='figure' id='figure-{name}' style='height:{height}px'></div></section>"
+    )
+
+
+def _table(
+    headings: Sequence[str],
+    rows: Iterable[tuple[str, Sequence[str]]],
+    *,
+    text_columns: Sequence[int] = (0,),
+    css: str = "",
+) -> str:
+    """Return a table of cells that are HTML already; columns hold numbers but for the `text_columns`."""
+
+    def cell(tag: str, index: int, content: str) -> str:
+        return f"<{tag}{'' if index in text_columns else ' class=number'}>{content}</{tag}>"
+
+    head = "".join(cell("th", index, content) for index, content in enumerate(headings))
+    body = ""
+    for css_row, cells in rows:
+        row = "".join(cell("td", index, content) for index, content in enumerate(cells))
+        body += f"<tr{f' class={css_row}' if css_row else ''}>{row}</tr>"
+    return (
+        f"<div class='scroll'><table{f' class={css}' if css else ''}><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _title(run: Run) -> str:
+    task: Mapping[str, Any] = run.config.get("task") or {}
+    return str(task.get("name") or run.name)
+
+
+def _cell_near(group: Mapping[str, Any], sparsity: float) -> Mapping[str, Any] | None:
+    cells: Sequence[Mapping[str, Any]] = group["cells"]
+    return min(cells, key=lambda cell: abs(cell["sparsity"] - sparsity), default=None)
+
+
+def _largest_harmless(group: Mapping[str, Any], dense: float) -> str:
+    """Return the sparsity up to which every measured one loses at most a point."""
+    largest = 0.0
+    for cell in group["cells"]:
+        if dense - cell["accuracy"] > 0.01 + 1e-9:
+            break
+        largest = cell["sparsity"]
+    return percent(largest, 0) if group["cells"] else ""
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Yield nested settings as dotted names and short texts."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+            yield f"{prefix}{key}", text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _text(text: str) -> str:
+    return html.escape(text)
+
+
+def _code(text: str) -> str:
+    """Return escaped text with `backticked` parts set as code."""
+    parts = _text(text).split("`")
+    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
+
+
+def _script_data(drawn: Mapping[str, go.Figure]) -> str:
+    """Return the figures as JSON that can stand inside a script element, whatever strings are in it."""
+    text = ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in drawn.items())
+    return f"{{{text}}}".replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+SCRIPT = f"""
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const plots = Object.entries(figures).map(([name, figure]) =>
+  Plotly.newPlot("figure-" + name, figure.data, figure.layout, {json.dumps(CONFIG)}));
+Promise.all(plots).then(() => {{ document.body.dataset.drawn = plots.length; }});
+"""

@@ -1,0 +1,101 @@
+"""The run folder: where every file of a search lies, and who may write there."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, final
+
+from autoprune.errors import RunError
+
+__all__ = ["FORMAT", "RunFolder", "write_json"]
+
+FORMAT: Final = 1
+"""Version of the folder's files; raised when a change makes old ones unreadable."""
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+@final
+class RunFolder:
+    """Names of a run's files.
+
+    Args:
+        path: The folder; `create` makes it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.sensitivity = self.path / "sensitivity.json"
+        self.ledger = self.path / "ledger.jsonl"
+        self.front = self.path / "front.json"
+        self.result = self.path / "result.json"
+        self.final = self.path / "final.json"
+        self.report = self.path / "report.html"
+        self.tracking = self.path / "tracking.json"
+        self.baseline = self.path / "baseline.safetensors"
+        self.pruned = self.path / "pruned"
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            RunError: It can't be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise RunError(f"can't write to {self.path}: {error.strerror}; name another folder with --out") from error
+
+    def claim(self, config: Mapping[str, Any], identity: tuple[str, ...]) -> bool:
+        """Take the folder for one search, or go on with the same one.
+
+        Args:
+            config: Written to `config.json` if the folder is new.
+            identity: The sections of the config that make it the same search.
+
+        Returns:
+            Whether the folder held this search already.
+
+        Raises:
+            RunError: The folder holds another search, or can't be written.
+        """
+        self.create()
+        if not self.config.exists():
+            if self.ledger.exists():
+                raise RunError(f"{self.path} holds a ledger without its config; name another folder with --out")
+            write_json(self.config, config)
+            return False
+        there = self.read(self.config)
+        for section in identity:
+            mine, theirs = json.loads(json.dumps(config[section])), there.get(section) or {}
+            for key in {**theirs, **mine}:
+                if mine.get(key) != theirs.get(key):
+                    raise RunError(
+                        f"{self.path} holds another search: its {key} is {theirs.get(key)!r}, not {mine.get(key)!r}; "
+                        "name another folder with --out, or repeat its settings to go on with it"
+                    )
+        return True
+
+    def read(self, file: Path) -> dict[str, Any]:
+        """Return a JSON file of the folder.
+
+        Raises:
+            RunError: It is not there, or can't be read.
+        """
+        try:
+            document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RunError(f"{self.path} has no {file.name}; is it the --out folder of a finished search?") from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file} can't be read: {error}") from error
+        return document

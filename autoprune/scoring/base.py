@@ -1,0 +1,65 @@
+"""What a criterion is, and the arithmetic that all criteria share. Each criterion is one file beside this one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from autoprune.structure import Group, Slice, Structure
+
+__all__ = ["Criterion", "Evidence", "Scores", "per_element", "removal_orders", "weights_of"]
+
+Scores = Mapping[str, torch.Tensor]
+"""Group name → `(size,)` float; higher means keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a criterion may look at besides the weights.
+
+    Attributes:
+        batches: Augmented training batches `(inputs, targets)`.
+        loss: Per-sample loss, `(outputs, targets) -> (n,)`.
+        seed: Randomness, for criteria that use any.
+    """
+
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    seed: int
+
+
+class Criterion(Protocol):
+    """Tells which elements of a group matter least."""
+
+    def score(self, model: nn.Module, structure: Structure, evidence: Evidence) -> Scores:
+        """Score every element of every group; called once a search, on the dense network, which must not change."""
+        ...
+
+
+def per_element(values: torch.Tensor, part: Slice) -> torch.Tensor:
+    """Sum a tensor over everything but a group's elements.
+
+    Args:
+        values: The shape of the tensor that `part` names.
+        part: Where the elements lie in it.
+
+    Returns:
+        `(size,)`.
+    """
+    others = [dim for dim in range(values.dim()) if dim != part.dim]
+    along = values.sum(others) if others else values
+    return along[part.positions.to(along.device)].sum(1)
+
+
+def weights_of(model: nn.Module, group: Group) -> list[tuple[torch.Tensor, Slice]]:
+    """Return the weights that a coupled group touches, filters and the columns that read them, without biases and norms."""
+    parameters = dict(model.named_parameters())
+    touched = [(parameters[part.tensor].detach(), part) for part in group.slices if part.tensor in parameters]
+    return [(weight, part) for weight, part in touched if weight.dim() > 1]
+
+
+def removal_orders(scores: Scores) -> dict[str, list[int]]:
+    """Return every group's elements, least important first; ties go by number, so that the order is the same everywhere."""
+    return {name: torch.argsort(score, stable=True).tolist() for name, score in scores.items()}

@@ -1,0 +1,632 @@
+"""The search: the one loop that joins analyzer, space, agent and evaluator, and the result that it leaves.
+
+Everything it does is written to the run folder as it happens, so that the same call goes on where a killed one stopped:
+sensitivity cells and candidates that are there are not measured again, and the agent is run again from its seed,
+answered from the ledger.
+"""
+
+import importlib.metadata
+import math
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from autoprune import registry
+from autoprune.bounds import parse_bounds
+from autoprune.cost import Budget, Cost, CostModel, FeasibleSet, Limit
+from autoprune.errors import (
+    ConfigError,
+    RecalibrationWarning,
+    RunError,
+    SearchOver,
+    TaskError,
+    UncountedOperatorWarning,
+)
+from autoprune.evaluation import Arm, Candidate, Evaluator, Ledger, Measurement, Workbench
+from autoprune.finaliser import PrunedNetwork
+from autoprune.pareto import front, hypervolume, pick
+from autoprune.policy import Policy
+from autoprune.progress import Progress, Silent
+from autoprune.run import FORMAT, RunFolder, write_json
+from autoprune.scoring import Evidence, removal_orders
+from autoprune.seeds import derive
+from autoprune.sensitivity import SensitivityReport
+from autoprune.sensitivity import analyse as analyse_sensitivity
+from autoprune.settings import SearchSettings
+from autoprune.structure import Structure
+from autoprune.structure import analyse as analyse_structure
+from autoprune.task import Task
+from autoprune.tracking import MLflowTracker, Tracker
+
+if TYPE_CHECKING:
+    from autoprune.environment import PruningEnv
+
+__all__ = ["Prepared", "SearchResult", "open_run", "prepare", "search"]
+
+_CLEAR_LOSS = 0.005  # accuracy that the pipeline may cost the dense network without a warning
+_ALONE = 0.3  # accuracy that a group may lose alone, before fine-tuning, and still be searched that far
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A task made ready to search: what can be removed, in which order, at what price.
+
+    Attributes:
+        task: What the user brought.
+        settings: How to search.
+        structure: The groups.
+        costs: Prices policies.
+        feasible: The policies that meet the budget within the user's bounds.
+        bench: The network and its data.
+        evidence: What criteria may look at.
+    """
+
+    task: Task
+    settings: SearchSettings
+    structure: Structure
+    costs: CostModel
+    feasible: FeasibleSet
+    bench: Workbench
+    evidence: Evidence
+
+
+def prepare(task: Task, settings: SearchSettings) -> Prepared:
+    """Find a task's groups, score their elements and price policies; nothing is evaluated.
+
+    Raises:
+        StructureError: The network's dependencies can't be traced.
+        InfeasibleBudgetError: No policy within the bounds meets the budget.
+        ConfigError: A bound or name is wrong.
+    """
+    structure = analyse_structure(task.model, task.example_input, seed=derive(settings.seed, "proof"))
+    if not len(structure):
+        reasons = "; ".join(f"{group.name}: {group.reason}" for group in structure.locked) or "no convolution or linear layer"
+        raise TaskError(f"nothing in {task.name} can be pruned ({reasons})")
+    costs = CostModel(task.model, task.example_input, structure)
+    if costs.unknown:
+        listed = ", ".join(f"{name} ({times} times)" for name, times in costs.unknown.items())
+        warnings.warn(f"the MACs leave out operators that are not known: {listed}", UncountedOperatorWarning, stacklevel=2)
+    bounds = parse_bounds(settings.bounds, structure, settings.max_sparsity)
+    feasible = FeasibleSet.build(structure, costs, settings.limits, bounds, settings.max_sparsity)
+    batches = list(task.calibration_batches(min(1000, settings.calibration_images), 250, derive(settings.seed, "scoring")))
+    evidence = Evidence(batches, task.loss, derive(settings.seed, "scores"))
+    scores = registry.resolve("criterion", settings.criterion)().score(task.fresh_model().eval(), structure, evidence)
+    bench = Workbench(task, structure, removal_orders(scores), settings.calibration_images, settings.seed)
+    return Prepared(task, settings, structure, costs, feasible, bench, evidence)
+
+
+class SearchResult:
+    """What a search found.
+
+    Args:
+        run: The folder.
+        prepared: The task.
+        evaluator: Holds the ledger.
+        summary: The contents of `result.json`.
+
+    Attributes:
+        run: The folder's path.
+        dense: Accuracy and cost of the dense network.
+        picked: The candidate that the search itself picked, by the budget or the drop it was given.
+        candidates: Everything evaluated, controls included, in order.
+    """
+
+    def __init__(self, run: RunFolder, prepared: Prepared, evaluator: Evaluator, summary: Mapping[str, Any]) -> None:
+        self.run = run.path
+        self.dense: Mapping[str, Any] = summary["dense"]
+        self.summary = summary
+        self._folder = run
+        self._prepared = prepared
+        self._evaluator = evaluator
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Everything evaluated, controls included, in order."""
+        return tuple(self._evaluator.ledger)
+
+    @property
+    def front(self) -> list[Candidate]:
+        """The candidates that no other beats in accuracy, MACs and parameters at once, cheapest first."""
+        return front(_measured(self._evaluator.ledger))
+
+    def pick(self, *, max_drop: float | None = None, budget: str | None = None) -> PrunedNetwork:
+        """Return one of the candidates as a network, rebuilt and measured again.
+
+        Args:
+            max_drop: The cheapest candidate that loses no more accuracy than this.
+            budget: The most accurate candidate within these limits; with `max_drop`, both must hold. With neither, the
+                search's own budget or drop decides; if it had none, the knee of the front.
+
+        Raises:
+            ConfigError: No candidate qualifies.
+        """
+        if max_drop is None and budget is None:
+            max_drop, budget = self._prepared.settings.max_drop, self._prepared.settings.budget
+        chosen, rule = _pick(self._evaluator, self.dense, max_drop, budget)
+        return _rebuild(self._evaluator, chosen, rule)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result in short, as `autoprune search --json` prints it."""
+        picked = self.summary["picked"]
+        return {
+            "dense": {key: self.dense[key] for key in ("accuracy", "macs", "params")},
+            "candidates": self.summary["candidates"],
+            "front": [_point(candidate) for candidate in self.front],
+            "picked": {key: picked[key] for key in ("policy", "accuracy", "macs", "params", "fidelity")},
+            "run": str(self.run),
+        }
+
+    def report(self) -> Path:
+        """Write `report.html` and return its path."""
+        return _report(self._folder)
+
+
+def search(
+    task: Task,
+    *,
+    out: str | Path,
+    agent: Any = "tpe",
+    tracker: Tracker | None = None,
+    progress: Progress | None = None,
+    source: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> SearchResult:
+    """Search layer-wise sparsities for a task, and leave everything in a folder.
+
+    Called again with the same arguments, it goes on where it stopped, or returns what it found.
+
+    Args:
+        task: Network, data and measures.
+        out: The run folder; made if it is not there.
+        agent: An agent's name, or an agent (see `autoprune.agents`).
+        tracker: Where candidates are logged; MLflow's own store by default.
+        progress: Who watches.
+        source: How the command line made the task, kept in `config.json` so that it can make it again.
+        settings: The fields of `SearchSettings`: `budget`, `max_drop`, `candidates`, `finetune_steps`, ...
+
+    Returns:
+        The result; `result.pick()` is the network.
+
+    Raises:
+        ConfigError: A setting is wrong, or neither `budget` nor `max_drop` is given to an agent that needs one.
+        InfeasibleBudgetError: No policy meets the budget.
+        RunError: The folder holds another search, or can't be written.
+        StructureError: The network's dependencies can't be traced.
+        TaskError: The dense network's accuracy is 0.
+    """
+    name = agent if isinstance(agent, str) else type(agent).__name__
+    options = SearchSettings.of({**settings, "agent": name})
+    searcher = registry.resolve("agent", agent)() if isinstance(agent, str) else agent
+    if options.budget is None and options.max_drop is None and searcher.objectives == "one":
+        raise ConfigError("a search needs an aim: give a budget such as macs<=50%, or max_drop such as 0.01, or both")
+    watcher = progress or Silent()
+    started = time.monotonic()
+    folder = RunFolder(out)
+    config = {
+        "format": FORMAT,
+        "task": task.describe(),
+        "digest": task.digest(),
+        "search": options.to_dict(),
+        "source": None if source is None else dict(source),
+        "versions": _versions(),
+    }
+    going_on = folder.claim(config, ("digest", "search"))
+    prepared = prepare(task, options)
+    evaluator = _evaluator(prepared, folder)
+    if going_on and folder.result.exists():
+        watcher.line(f"{folder.path} holds this search's result already")
+        return SearchResult(folder, prepared, evaluator, folder.read(folder.result))
+    if going_on:
+        watcher.line(f"going on with {folder.path}: {len(evaluator.ledger)} candidates are there")
+    job = _Search(prepared, evaluator, folder, watcher, started)
+    log = tracker or MLflowTracker(experiment="autoprune", run_name=folder.path.name, parent_run_id=_parent_run(folder))
+    return job.run(searcher, log)
+
+
+def open_run(path: str | Path, task: Task) -> SearchResult:
+    """Return the result of a finished search.
+
+    Args:
+        path: Its folder.
+        task: The task that it was made with.
+
+    Raises:
+        RunError: The folder holds no finished search, or one of another task.
+    """
+    folder = RunFolder(path)
+    config, summary = folder.read(folder.config), folder.read(folder.result)
+    for what, digest in task.digest().items():
+        if config["digest"].get(what) != digest:
+            raise RunError(f"{folder.path} was searched with another {what} than this task has; open it with its own")
+    prepared = prepare(task, SearchSettings.of(config["search"]))
+    return SearchResult(folder, prepared, _evaluator(prepared, folder), summary)
+
+
+class _Search:
+    """One search on its way; `run` is its story from top to bottom."""
+
+    def __init__(
+        self, prepared: Prepared, evaluator: Evaluator, folder: RunFolder, progress: Progress, started: float
+    ) -> None:
+        self.prepared = prepared
+        self.settings = prepared.settings
+        self.evaluator = evaluator
+        self.folder = folder
+        self.progress = progress
+        self.started = started
+        limit = self.settings.time_limit
+        self.deadline = None if limit is None else started + limit
+
+    def run(self, agent: Any, tracker: Tracker) -> SearchResult:
+        dense = self.measure_dense()
+        self.tracker = tracker
+        tracker.start(self.settings.to_dict(), {"task": self.prepared.task.name, "run": str(self.folder.path)})
+        self.logged: set[str] = set()
+        status, network, summary = "KILLED", None, {}
+        try:
+            sensitivity = self.analyse()
+            arm = self.search(agent, sensitivity, dense)
+            summary, network = self.conclude(arm, dense, sensitivity)
+            status = "FINISHED"
+        finally:
+            artifacts = [f for f in (self.folder.config, self.folder.sensitivity, self.folder.front) if f.exists()]
+            artifacts += [f for f in (self.folder.report, self.folder.ledger) if f.exists()]
+            metrics = {f"picked.{k}": v for k, v in summary.get("picked", {}).items() if isinstance(v, int | float)}
+            tracker.finish(
+                metrics=metrics,
+                artifacts=artifacts,
+                model=network.model if network else None,
+                example_input=self.prepared.task.example_input if network else None,
+                status=status,
+            )
+            if tracker.run_id is not None:
+                write_json(self.folder.tracking, {"run_id": tracker.run_id, "location": tracker.location})
+        return SearchResult(self.folder, self.prepared, self.evaluator, summary)
+
+    # -- before ---------------------------------------------------------------------------------------------------
+
+    def measure_dense(self) -> Measurement:
+        """Measure the dense network as it is and through the pipeline, and say what the search will cost."""
+        bench = self.prepared.bench
+        started = time.monotonic()
+        dense = bench.measure(bench.model).summary("dense")
+        passing = time.monotonic() - started
+        if not dense.accuracy > 0:
+            raise TaskError(
+                f"the dense network's accuracy on the {self.prepared.task.n_val} validation samples is "
+                f"{dense.accuracy:g}; are these its weights, its classes and its normalisation?"
+            )
+        self.progress.line(self._feasibility())
+        started = time.monotonic()
+        model = bench.sliced({})
+        bench.recalibrate(model)
+        calibrating = time.monotonic() - started
+        recalibrated = bench.measure(model).summary("recalibrated")
+        lost = dense.accuracy - recalibrated.accuracy
+        if lost > _CLEAR_LOSS:
+            warnings.warn(
+                f"recalibrating its batch-norms alone costs the dense network {lost * 100:.1f} points of accuracy "
+                f"({dense.accuracy:.2%} to {recalibrated.accuracy:.2%}); raise calibration_images above "
+                f"{self.settings.calibration_images}, and check that train is augmented as in training",
+                RecalibrationWarning,
+                stacklevel=4,
+            )
+        steps = self.settings.finetune_steps
+        training = 0.0
+        if steps:
+            tried = min(3, steps)
+            started = time.monotonic()
+            self.evaluator.train(model, tried, self.settings.recovery.recipe, 0)
+            training = (time.monotonic() - started) / tried * steps
+        each = calibrating + training + passing * (2 if steps else 1)
+        cells = len(self.prepared.structure) * len(self.settings.sensitivity)
+        count = self.settings.candidates + self.settings.control_size + 2
+        self.progress.line(
+            f"at most {cells} sensitivity cells of {calibrating + passing:.1f} s and {count} evaluations of {each:.1f} s: "
+            f"{_minutes(cells * (calibrating + passing) + count * each)}"
+            + ("" if self.settings.time_limit is None else f", stopped after {_minutes(self.settings.time_limit)}")
+        )
+        return dense
+
+    def analyse(self) -> SensitivityReport | None:
+        """Measure the groups one by one; at most half of the time limit goes into it."""
+        if not self.settings.sensitivity:
+            return None
+        limit = self.settings.time_limit
+        self.progress.begin("sensitivity", len(self.prepared.structure) * len(self.settings.sensitivity))
+        report = analyse_sensitivity(
+            self.prepared.bench,
+            self.prepared.costs,
+            self.folder.sensitivity,
+            sparsities=self.settings.sensitivity,
+            settings=self.settings.measured_with,
+            evidence=self.prepared.evidence,
+            deadline=None if limit is None else self.started + limit / 2,
+            progress=lambda group, done, _: self.progress.step(done, group),
+        )
+        self.progress.end()
+        return report
+
+    # -- search ---------------------------------------------------------------------------------------------------
+
+    def search(self, agent: Any, sensitivity: SensitivityReport | None, dense: Measurement) -> Arm:
+        """Evaluate the controls, then run the agent until its evaluations are spent."""
+        several = agent.objectives == "several" or self.settings.budget is None
+        spend = (0.0, 1.0) if several else (1.0, 1.0)
+        controls = self.settings.control_size
+        count = 1 + controls + self.settings.candidates
+        self.progress.begin("search", count)
+        best: list[float] = []
+        value = self._value(dense)
+
+        def watched(arm: Arm) -> Callable[[Policy], Candidate]:
+            def evaluate(policy: Policy) -> Candidate:
+                candidate = arm(policy)
+                if candidate.id not in self.logged:
+                    self.logged.add(candidate.id)
+                    self.tracker.candidate(candidate)
+                    if candidate.failure is None:
+                        best.append(max([*best[-1:], value(candidate)]))
+                    self.progress.step(len(self.logged), self._said(candidate, best))
+                return candidate
+
+            return evaluate
+
+        uniform = Arm(self.evaluator, "uniform", "uniform", 1, self.deadline)
+        random = Arm(self.evaluator, "random", "random", controls, self.deadline)
+        arm = Arm(self.evaluator, "search", self.settings.agent, self.settings.candidates, self.deadline)
+        control_space = registry.resolve("search space", "group")(self.prepared.feasible, spend=spend)
+        try:
+            watched(uniform)(self._uniform(1.0))
+        except SearchOver:
+            pass
+        plain = registry.resolve("agent", "random")()
+        environment = self._environment(self.prepared.feasible, control_space, watched(random), value, controls, None)
+        _until_over(plain, environment, derive(self.settings.seed, "control"))
+        feasible = self._within(sensitivity)
+        space = registry.resolve("search space", self.settings.space)(feasible, spend=spend)
+        environment = self._environment(feasible, space, watched(arm), value, self.settings.candidates, sensitivity)
+        _until_over(agent, environment, derive(self.settings.seed, "agent"))
+        self.progress.end()
+        if arm.stopped is not None:
+            self.progress.line(f"stopped after {len(arm.candidates)} of {arm.limit} candidates: {arm.stopped}")
+        return arm
+
+    def _environment(
+        self,
+        feasible: FeasibleSet,
+        space: Any,
+        evaluate: Callable[[Policy], Candidate],
+        value: Callable[[Candidate], float],
+        evaluations: int,
+        sensitivity: SensitivityReport | None,
+    ) -> "PruningEnv":
+        from autoprune.environment import PruningEnv, layer_facts  # loads gymnasium
+
+        structure = self.prepared.structure
+        warm_starts: list[Policy] = []
+        slopes: dict[str, float] = {}
+        if sensitivity is not None:
+            warm_starts = [sensitivity.allocate(feasible), sensitivity.threshold(feasible), self._uniform(1.0)]
+            slopes = {name: sensitivity.slope(name) for name in structure.names}
+        return PruningEnv(
+            feasible,
+            space,
+            evaluate,
+            value=value,
+            evaluations=evaluations,
+            warm_starts=warm_starts,
+            layers=layer_facts(self.prepared.task.model, self.prepared.task.example_input, structure),
+            slopes=slopes,
+            worst=0.0 if self.settings.max_drop is None else -1.0,
+        )
+
+    def _value(self, dense: Measurement) -> Callable[[Candidate], float]:
+        """Return what an agent with one objective is to raise.
+
+        Under a budget alone, the accuracy (AMC's resource-constrained reward). With a tolerated drop: how far the
+        accuracy falls below what is tolerated, and once it does not, the share of the multiply-adds saved.
+        """
+        max_drop = self.settings.max_drop
+        if max_drop is None:
+            return lambda candidate: candidate.accuracy
+        dense_macs = self.prepared.costs.dense.macs
+        wanted = dense.accuracy - max_drop
+
+        def value(candidate: Candidate) -> float:
+            missing = wanted - candidate.accuracy
+            return -missing if missing > 1e-9 else 1.0 - candidate.macs / dense_macs
+
+        return value
+
+    def _within(self, sensitivity: SensitivityReport | None) -> FeasibleSet:
+        """Return the feasible set within what the analyzer found bearable, if the budget can be met there."""
+        user = self.prepared.feasible
+        if sensitivity is None:
+            return user
+        highest = sensitivity.bounds(self.prepared.structure, _ALONE, self.settings.max_sparsity)
+        upper = np.array([g.count(highest[g.name][1]) for g in self.prepared.structure], dtype=np.int64)
+        upper = np.clip(upper, user.lower, user.upper)
+        narrowed = FeasibleSet(user.structure, user.costs, user.budget, user.lower, upper)
+        return narrowed if narrowed.utilisation(upper) <= 1 else user
+
+    def _uniform(self, target: float) -> Policy:
+        """Return the least uniform sparsity that uses at most this share of the budget."""
+        feasible = self.prepared.feasible
+        return feasible.policy(feasible.project(np.zeros(len(feasible.structure)), target))
+
+    # -- after ----------------------------------------------------------------------------------------------------
+
+    def conclude(
+        self, arm: Arm, dense: Measurement, sensitivity: SensitivityReport | None
+    ) -> tuple[dict[str, Any], PrunedNetwork]:
+        """Pick, compare with the controls at the same cost, rebuild, save and report."""
+        costs, ledger = self.prepared.costs, self.evaluator.ledger
+        dense_record = _measurement(dense) | costs.dense.to_dict()
+        chosen, rule = _pick(self.evaluator, dense_record, self.settings.max_drop, self.settings.budget, fall_back=True)
+        picked = _rebuild(self.evaluator, chosen, rule)
+        uniform = self._uniform_at(chosen.cost)
+        randoms = [c for c in ledger if c.arm == "random"]
+        best_random = max((c for c in _measured(randoms)), key=lambda c: c.accuracy, default=None)
+        predicted = None
+        recalibrated = chosen.at("recalibrated")
+        if sensitivity is not None and recalibrated is not None:
+            accuracy = sensitivity.predicted_accuracy(chosen.removed)
+            predicted = {"accuracy": accuracy, "gap": recalibrated.accuracy - accuracy}
+        summary = {
+            "agent": self.settings.agent,
+            "evaluations": len(ledger),
+            "candidates": len(arm.candidates),
+            "seconds": round(time.monotonic() - self.started, 1),
+            "stopped": arm.stopped,
+            "dense": dense_record,
+            "budget": self.settings.budget,
+            "max_drop": self.settings.max_drop,
+            "picked": _point(chosen) | {"removed": dict(chosen.removed), "rule": rule},
+            "uniform": None if uniform is None else _point(uniform),
+            "random": {"size": len(randoms), "best": None if best_random is None else _point(best_random)},
+            "predicted": predicted,
+        }
+        reference = {"accuracy": 0.0, "macs": costs.dense.macs, "params": costs.dense.params}
+        members = front(_measured(ledger))
+        write_json(
+            self.folder.front,
+            {
+                "objectives": ["accuracy", "macs", "params"],
+                "reference": reference,
+                "hypervolume": hypervolume(members, reference),
+                "points": [_point(candidate) for candidate in members],
+            },
+        )
+        picked.save(self.folder.pruned)
+        write_json(self.folder.result, summary)
+        _report(self.folder)
+        return summary, picked
+
+    def _uniform_at(self, cost: Cost) -> Candidate | None:
+        """Evaluate the uniform policy that costs no more multiply-adds than the picked candidate, and as little less."""
+        feasible = self.prepared.feasible
+        limit = Budget((Limit("macs", float(cost.macs), relative=False),))
+        same = FeasibleSet(feasible.structure, feasible.costs, limit, feasible.lower, feasible.upper)
+        policy = same.policy(same.project(np.zeros(len(same.structure))))
+        candidate = self.evaluator.evaluate(policy, arm="uniform", agent="uniform")
+        if candidate.id not in self.logged:
+            self.tracker.candidate(candidate)
+        return candidate if candidate.failure is None else None
+
+    # -- words ----------------------------------------------------------------------------------------------------
+
+    def _feasibility(self) -> str:
+        feasible, costs = self.prepared.feasible, self.prepared.costs
+        lines = ["              dense     smallest reachable          budget"]
+        limits = {limit.metric: limit for limit in feasible.budget.limits}
+        for metric in ("macs", "params", "bytes"):
+            full, least = getattr(costs.dense, metric), getattr(feasible.smallest, metric)
+            allowed = f"{limits[metric].absolute(costs.dense):,.0f}" if metric in limits else "-"
+            lines.append(f"{metric:<7}{full:>12,}  {least:>12,} ({least / full:5.1%})  {allowed:>14}")
+        locked = [f"{group.name} ({group.reason})" for group in self.prepared.structure.locked]
+        lines.append(f"{len(self.prepared.structure)} groups can be pruned; locked: {'; '.join(locked) or 'none'}")
+        return "\n".join(lines)
+
+    def _said(self, candidate: Candidate, best: Sequence[float]) -> str:
+        result = f"failed: {candidate.failure}" if candidate.failure else f"accuracy {candidate.accuracy:.4f}"
+        macs = candidate.macs / self.prepared.costs.dense.macs
+        top = f", best {best[-1]:.4f}" if best else ""
+        return f"{candidate.agent} {result} at {macs:.1%} of the MACs{top}"
+
+
+def _evaluator(prepared: Prepared, folder: RunFolder) -> Evaluator:
+    return Evaluator(
+        prepared.bench, prepared.costs, prepared.settings.recovery, Ledger(folder.ledger), prepared.settings.seed
+    )
+
+
+def _until_over(agent: Any, environment: "PruningEnv", seed: int) -> None:
+    try:
+        agent.run(environment, seed=seed)
+    except SearchOver:
+        pass
+
+
+def _measured(candidates: Any) -> list[Candidate]:
+    return [candidate for candidate in candidates if candidate.failure is None]
+
+
+def _pick(
+    evaluator: Evaluator,
+    dense: Mapping[str, Any],
+    max_drop: float | None,
+    budget: str | None,
+    *,
+    fall_back: bool = False,
+) -> tuple[Candidate, str]:
+    limits = Budget.parse(budget)
+    dense_cost = evaluator.costs.dense
+    measured = _measured(evaluator.ledger)
+    fits = None if budget is None else lambda candidate: limits.utilisation(candidate.cost, dense_cost) <= 1
+    text = str(limits)
+    try:
+        return pick(measured, max_drop=max_drop, dense_accuracy=dense["accuracy"], fits=fits, budget_text=text)
+    except ConfigError:
+        if not (fall_back and measured):
+            raise
+    nearest = [candidate for candidate in measured if fits is None or fits(candidate)] or measured
+    return max(nearest, key=lambda c: c.accuracy), f"most accurate found; none is within a drop of {max_drop:g}"
+
+
+def _rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNetwork:
+    model, measurements = evaluator.recovered(candidate.policy)
+    again = measurements[-1].accuracy
+    if not math.isclose(again, candidate.accuracy, abs_tol=2 * candidate.accuracy_se + 1e-9):
+        raise RunError(
+            f"candidate {candidate.id} was measured at {candidate.accuracy:.4f} but its network rebuilt from the same seed "
+            f"at {again:.4f}; is this the same data, machine and version?"
+        )
+    return PrunedNetwork(evaluator, candidate, model, measurements[-1], rule)
+
+
+def _point(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "id": candidate.id,
+        "arm": candidate.arm,
+        "policy": dict(candidate.policy),
+        "accuracy": candidate.accuracy,
+        "accuracy_se": candidate.accuracy_se,
+        **candidate.cost.to_dict(),
+        "fidelity": candidate.fidelity,
+    }
+
+
+def _measurement(measurement: Measurement) -> dict[str, Any]:
+    return {
+        "accuracy": measurement.accuracy,
+        "accuracy_se": measurement.accuracy_se,
+        "loss": measurement.loss,
+        "loss_se": measurement.loss_se,
+    }
+
+
+def _report(folder: RunFolder) -> Path:
+    from autoprune.report import write_report  # loads plotly
+
+    return write_report(folder.path)
+
+
+def _parent_run(folder: RunFolder) -> str | None:
+    return folder.read(folder.tracking)["run_id"] if folder.tracking.exists() else None
+
+
+def _versions() -> dict[str, str]:
+    packages = ("autoprune", "torch", "torchvision", "optuna", "gymnasium", "stable-baselines3", "mlflow", "torch-pruning")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,370 @@
+"""The sensitivity analyzer: one group at a time, the others dense, and what its report is good for.
+
+A cell is one group at one sparsity, sliced and recalibrated but not fine-tuned. The report is an open JSON file,
+written after every cell; cells that are there are not measured again, so that a killed analysis goes on, a finer grid
+costs its new cells only, and another budget costs nothing.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from autoprune.cost import CostModel, FeasibleSet, Removed
+from autoprune.errors import ConfigError, RunError
+from autoprune.evaluation import Measurement, Workbench
+from autoprune.policy import Policy
+from autoprune.run import write_json
+from autoprune.scoring import Evidence
+from autoprune.scoring.taylor import taylor_scores
+from autoprune.structure import Structure
+
+__all__ = ["SPARSITIES", "Cell", "Curve", "GroupSensitivity", "SensitivityReport", "analyse"]
+
+SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""The grid where none is asked for."""
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One group at one sparsity, all others dense, batch-norm recalibrated.
+
+    Attributes:
+        sparsity: Exactly `removed` over the group's size.
+        removed: Elements removed.
+        accuracy: Mean of the task's metric.
+        accuracy_se: Its standard error.
+        loss: Mean loss.
+        loss_se: Its standard error.
+        drop_se: Standard error of the accuracy lost against the dense network, paired by sample.
+        taylor_loss: The loss that first-order Taylor predicts, from one pass for all cells.
+    """
+
+    sparsity: float
+    removed: int
+    accuracy: float
+    accuracy_se: float
+    loss: float
+    loss_se: float
+    drop_se: float
+    taylor_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSensitivity:
+    """One row of the report: a group with its cells, or one that can't be pruned with the reason.
+
+    Attributes:
+        name: The group.
+        kind: Of its elements.
+        size: How many elements it has.
+        layers: The coupled layers, one row for all.
+        prunable: Whether it is offered.
+        reason: Why not.
+        macs_share: Share of the dense multiply-adds in the layers that it touches; neighbours overlap.
+        cells: By elements removed, ascending.
+    """
+
+    name: str
+    kind: str
+    size: int
+    layers: tuple[str, ...]
+    prunable: bool
+    reason: str | None
+    macs_share: float
+    cells: tuple[Cell, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Curve:
+    """A group's loss and accuracy against elements removed, monotone, interpolated between cells.
+
+    Attributes:
+        removed: `(k,)` counts, starting at 0.
+        loss: `(k,)` never falling, convex.
+        drop: `(k,)` accuracy lost, never falling.
+    """
+
+    removed: np.ndarray[Any, np.dtype[np.float64]]
+    loss: np.ndarray[Any, np.dtype[np.float64]]
+    drop: np.ndarray[Any, np.dtype[np.float64]]
+
+    def loss_at(self, removed: float) -> float:
+        """Return the loss; beyond the last cell it goes on as steep as it got."""
+        return _along(self.removed, self.loss, removed)
+
+    def drop_at(self, removed: float) -> float:
+        """Return the accuracy lost; beyond the last cell it goes on as steep as it got."""
+        return _along(self.removed, self.drop, removed)
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityReport:
+    """All cells of one network on one data set.
+
+    Attributes:
+        digest: Of network, weights and data; a report of another network is refused.
+        settings: What the cells were measured with.
+        dense: The dense network, as it is.
+        groups: Every group, offered or locked.
+    """
+
+    digest: Mapping[str, str]
+    settings: Mapping[str, Any]
+    dense: Measurement
+    groups: tuple[GroupSensitivity, ...]
+    _rows: Mapping[str, GroupSensitivity] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_rows", {group.name: group for group in self.groups})
+
+    def __getitem__(self, group: str) -> GroupSensitivity:
+        return self._rows[group]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object."""
+        return {
+            "format": _FORMAT,
+            "digest": dict(self.digest),
+            "settings": dict(self.settings),
+            "dense": asdict(self.dense),
+            "groups": [asdict(group) for group in self.groups],
+        }
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a report.
+
+        Raises:
+            RunError: The file is not a report.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            groups = [
+                GroupSensitivity(
+                    **{**group, "layers": tuple(group["layers"]), "cells": tuple(Cell(**c) for c in group["cells"])}
+                )
+                for group in document["groups"]
+            ]
+            return cls(document["digest"], document["settings"], Measurement(**document["dense"]), tuple(groups))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is not a sensitivity report ({error}); move it away to analyse anew") from error
+
+    def save(self, path: Path) -> None:
+        """Write the report, so that the file is always whole."""
+        write_json(path, self.to_dict())
+
+    def with_cell(self, group: str, cell: Cell) -> Self:
+        """Return the report with one more cell."""
+        cells = {c.removed: c for c in (*self[group].cells, cell)}
+        row = replace(self[group], cells=tuple(cells[removed] for removed in sorted(cells)))
+        return replace(self, groups=tuple(row if g.name == group else g for g in self.groups))
+
+    def merge(self, other: "SensitivityReport") -> Self:
+        """Return a report with the cells of both; what several processes measured in shards becomes one.
+
+        Raises:
+            RunError: The other is of another network, other data or other settings.
+        """
+        self.require(other.digest, other.settings)
+        merged = self
+        for group, cell in ((g, c) for g in other.groups for c in g.cells):
+            merged = merged.with_cell(group.name, cell)
+        return merged
+
+    def require(self, digest: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+        """Refuse to be taken for a report of something else.
+
+        Raises:
+            RunError: The digest or the settings differ.
+        """
+        for what, mine, others in (("", self.digest, digest), ("setting ", self.settings, settings)):
+            for key in mine:
+                if mine[key] != others.get(key):
+                    raise RunError(
+                        f"the sensitivity report is of another {what}{key} ({mine[key]}, not {others.get(key)}); "
+                        "name another file to analyse anew"
+                    )
+
+    def curve(self, group: str) -> Curve:
+        """Return a group's curve; one without cells is flat, which claims nothing."""
+        row = self[group]
+        removed = np.array([0.0, *(c.removed for c in row.cells)])
+        loss = np.maximum.accumulate([self.dense.loss, *(c.loss for c in row.cells)])
+        drop = np.maximum.accumulate([0.0, *(self.dense.accuracy - c.accuracy for c in row.cells)])
+        hull = _lower_hull(removed, loss)
+        return Curve(removed, np.interp(removed, removed[hull], loss[hull]), drop)
+
+    def predicted_accuracy(self, removed: Mapping[str, int]) -> float:
+        """Return the accuracy of a policy if groups did not interact: the dense one minus every group's own drop."""
+        drops = [self.curve(name).drop_at(count) for name, count in removed.items() if count]
+        return max(0.0, self.dense.accuracy - sum(drops))
+
+    def slope(self, group: str) -> float:
+        """Return the mean rise of the loss over a group's cells, per unit of sparsity; an agent's state feature."""
+        cells = self[group].cells
+        return float(np.mean([(c.loss - self.dense.loss) / c.sparsity for c in cells])) if cells else 0.0
+
+    def bounds(self, structure: Structure, tolerance: float, max_sparsity: float) -> dict[str, tuple[float, float]]:
+        """Return for every group the sparsities at which it alone loses no more than `tolerance` of the accuracy.
+
+        At least the first step of the grid stays open to every group, since fine-tuning recovers some of the loss.
+        """
+        result = {}
+        for group in structure:
+            curve, grid = self.curve(group.name), [c.sparsity for c in self[group.name].cells] or [max_sparsity]
+            fits = [s for s in np.linspace(0, max_sparsity, 91) if curve.drop_at(s * group.size) <= tolerance]
+            result[group.name] = (0.0, float(min(max_sparsity, max(grid[0], fits[-1]))))
+        return result
+
+    def allocate(self, feasible: FeasibleSet) -> Policy:
+        """Return the policy that meets a budget at the least predicted loss, if groups did not interact.
+
+        Greedy on convex curves with exact costs: the group that adds the least loss for what it saves goes on, in
+        steps of a sixteenth of it, until the budget is met. No evaluation.
+        """
+        curves = [self.curve(group.name) for group in feasible.structure]
+        removed = feasible.lower.copy()
+        used = feasible.utilisation(removed)
+        while used > 1:
+            options: list[tuple[float, int, Removed, float]] = []
+            for index, curve in enumerate(curves):
+                step = min(max(1, int(feasible.sizes[index]) // 16), int(feasible.upper[index] - removed[index]))
+                if step <= 0:
+                    continue
+                trial = removed.copy()
+                trial[index] += step
+                saved = used - feasible.utilisation(trial)
+                rise = curve.loss_at(trial[index]) - curve.loss_at(removed[index])
+                options.append((rise / saved if saved > 0 else np.inf, index, trial, used - saved))
+            _, _, removed, used = min(options, key=lambda option: option[:2])
+        return feasible.policy(removed)
+
+    def threshold(self, feasible: FeasibleSet) -> Policy:
+        """Return the policy that removes from every group as much as costs it the same loss, to just meet a budget.
+
+        One threshold for all groups, found by bisection, as FastNAS and PaddleSlim choose. No evaluation.
+        """
+        curves = [self.curve(group.name) for group in feasible.structure]
+
+        def within(rise: float) -> Removed:
+            counts = [
+                max(
+                    (n for n in range(low, high + 1) if curve.loss_at(n) - self.dense.loss <= rise),
+                    default=low,
+                )
+                for curve, low, high in zip(curves, feasible.lower.tolist(), feasible.upper.tolist(), strict=True)
+            ]
+            return np.array(counts, dtype=np.int64)
+
+        highest = max(curve.loss_at(high) - self.dense.loss for curve, high in zip(curves, feasible.upper, strict=True))
+        low, high = 0.0, highest
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if feasible.utilisation(within(middle)) > 1 else (low, middle)
+        return feasible.policy(feasible.project(within(high) / feasible.sizes))
+
+
+def analyse(
+    bench: Workbench,
+    costs: CostModel,
+    path: Path,
+    *,
+    sparsities: Sequence[float] = SPARSITIES,
+    settings: Mapping[str, Any],
+    evidence: Evidence,
+    shard: tuple[int, int] = (0, 1),
+    deadline: float | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> SensitivityReport:
+    """Measure every offered group at every sparsity, and keep the file whole after every cell.
+
+    Args:
+        bench: The network and its data.
+        costs: Prices, for the groups' shares.
+        path: The report's file; cells in it are not measured again.
+        sparsities: In (0, 1); each becomes a whole number of elements.
+        settings: What the cells depend on besides network and data: criterion, calibration images, seed.
+        evidence: Batches for the Taylor prediction.
+        shard: `(i, n)`: measure only every n-th cell, from the i-th; merge the files afterwards.
+        deadline: Value of `time.monotonic()` after which no further cell is begun.
+        progress: Called with the group, the cells done and all cells.
+
+    Raises:
+        ConfigError: A sparsity outside (0, 1), or a shard that does not exist.
+        RunError: The file is of another network, other data or other settings.
+    """
+    if not sparsities or not all(0 < s < 1 for s in sparsities):
+        raise ConfigError(f"`0 < sparsity < 1` must hold for every one to be measured, but got {list(sparsities)}")
+    if not 0 <= shard[0] < shard[1]:
+        raise ConfigError(f"a shard i/n has 1 <= i <= n, but got {shard[0] + 1}/{shard[1]}")
+    digest = bench.task.digest()
+    dense = bench.measure(bench.model)
+    report = SensitivityReport(digest, settings, dense.summary("dense"), tuple(_rows(bench.structure, costs)))
+    if path.exists():
+        loaded = SensitivityReport.load(path)
+        loaded.require(digest, settings)
+        report = loaded
+    taylor = taylor_scores(bench.model, bench.structure, evidence)
+    grid = [(g, g.count(s)) for g in bench.structure for s in sorted(set(sparsities))]
+    wanted = list(dict.fromkeys((group.name, removed) for group, removed in grid if removed > 0))
+    mine = list(itertools.islice(wanted, shard[0], None, shard[1]))
+    for done, (name, removed) in enumerate(mine):
+        progress(name, done, len(mine))
+        if any(cell.removed == removed for cell in report[name].cells):
+            continue
+        if deadline is not None and time.monotonic() >= deadline:
+            break
+        model = bench.sliced({name: removed})
+        bench.recalibrate(model)
+        samples = bench.measure(model)
+        measured = samples.summary("recalibrated")
+        gone = taylor[name][bench.orders[name][:removed]]
+        cell = Cell(
+            sparsity=removed / bench.structure[name].size,
+            removed=removed,
+            accuracy=measured.accuracy,
+            accuracy_se=measured.accuracy_se,
+            loss=measured.loss,
+            loss_se=measured.loss_se,
+            drop_se=samples.drop_error(dense),
+            taylor_loss=report.dense.loss + float(gone.sum()),
+        )
+        report = report.with_cell(name, cell)
+        report.save(path)
+    report.save(path)
+    return report
+
+
+def _rows(structure: Structure, costs: CostModel) -> Iterator[GroupSensitivity]:
+    for group in structure:
+        share = costs.macs_share(group.name)
+        yield GroupSensitivity(group.name, group.kind, group.size, group.layers, True, None, share)
+    for locked in structure.locked:
+        yield GroupSensitivity(locked.name, locked.kind, locked.size, locked.layers, False, locked.reason, 0.0)
+
+
+def _along(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], at: float) -> float:
+    if at <= x[-1] or len(x) < 2:
+        return float(np.interp(at, x, y))
+    return float(y[-1] + (at - x[-1]) * (y[-1] - y[-2]) / (x[-1] - x[-2]))
+
+
+def _lower_hull(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
+    """Return the indices of the points on the lower convex hull, from the first to the last."""
+    hull: list[int] = []
+    for index in range(len(x)):
+        while len(hull) > 1:
+            (a, b), c = hull[-2:], index
+            if (y[b] - y[a]) * (x[c] - x[a]) < (y[c] - y[a]) * (x[b] - x[a]):
+                break
+            hull.pop()
+        hull.append(index)
+    return hull

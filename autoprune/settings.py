@@ -1,0 +1,123 @@
+"""`SearchSettings`: all that a search can be told besides its task. One frozen record, checked when it is made."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from autoprune import registry
+from autoprune.cost import Budget
+from autoprune.errors import ConfigError, UnknownNameError
+from autoprune.evaluation import Recovery
+from autoprune.finetuning import Recipe
+
+__all__ = ["SearchSettings"]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """How to search.
+
+    Attributes:
+        budget: Upper limits on the cost, as in `macs<=50%` or `macs<=20M,params<=0.4`.
+        max_drop: Largest tolerated loss of accuracy; without a budget the search looks for the cheapest network in it.
+        agent: Name of what proposes policies.
+        space: Name of the search space.
+        candidates: Distinct policies that the agent may have evaluated.
+        control: Random policies evaluated beside them as a control; None means a tenth of the candidates.
+        criterion: Name of the score by which elements are ordered.
+        finetune_steps: Gradient steps of short fine-tuning for every candidate.
+        lr: Peak learning rate of short fine-tuning.
+        calibration_images: Augmented training images for batch-norm statistics.
+        sensitivity: Sparsities at which every group is measured before the search; empty for no analysis.
+        max_sparsity: Highest sparsity of any group.
+        bounds: Group name or pattern → `lock`, `min`, `max` (see `autoprune.bounds`).
+        time_limit: Seconds after which nothing new is evaluated, or None.
+        seed: Of everything that is random.
+
+    Raises:
+        ConfigError: A value out of range.
+        UnknownNameError: An agent, space or criterion that does not exist.
+    """
+
+    budget: str | None = None
+    max_drop: float | None = None
+    agent: str = "tpe"
+    space: str = "group"
+    candidates: int = 60
+    control: int | None = None
+    criterion: str = "l1"
+    finetune_steps: int = 50
+    lr: float = 0.02
+    calibration_images: int = 2000
+    sensitivity: tuple[float, ...] = (0.25, 0.5, 0.75)
+    max_sparsity: float = 0.9
+    bounds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    time_limit: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        budget = Budget.parse(self.budget)
+        object.__setattr__(self, "budget", str(budget) or None)
+        object.__setattr__(self, "sensitivity", tuple(float(s) for s in self.sensitivity))
+        object.__setattr__(self, "bounds", {name: dict(line) for name, line in self.bounds.items()})
+        self._check_name("search space", self.space)
+        self._check_name("criterion", self.criterion)
+        lowest = {"candidates": 1, "finetune_steps": 0, "calibration_images": 2}
+        for name, minimum in lowest.items():
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"`{name} >= {minimum}` must hold, but got {name}={getattr(self, name)}")
+        if self.control is not None and self.control < 0:
+            raise ConfigError(f"`control >= 0` must hold, but got control={self.control}")
+        if self.max_drop is not None and not 0 <= self.max_drop < 1:
+            raise ConfigError(f"`0 <= max_drop < 1` must hold, but got max_drop={self.max_drop}; 0.01 is one point")
+        if not 0 < self.max_sparsity < 1:
+            raise ConfigError(f"`0 < max_sparsity < 1` must hold, but got max_sparsity={self.max_sparsity}")
+        if not all(0 < s < 1 for s in self.sensitivity):
+            raise ConfigError(f"`0 < sparsity < 1` must hold for every measured sparsity, but got {list(self.sensitivity)}")
+        for name in ("lr", "time_limit"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"`{name} > 0` must hold, but got {name}={getattr(self, name)}")
+
+    def _check_name(self, family: str, name: str) -> None:
+        if name not in registry.names(family):
+            raise UnknownNameError(family, name, registry.names(family))
+
+    @property
+    def limits(self) -> Budget:
+        """The budget, read."""
+        return Budget.parse(self.budget)
+
+    @property
+    def control_size(self) -> int:
+        """How many random policies are the control."""
+        return max(1, self.candidates // 10) if self.control is None else self.control
+
+    @property
+    def recovery(self) -> Recovery:
+        """How far candidates are recovered."""
+        return Recovery(self.calibration_images, self.finetune_steps, Recipe(lr=self.lr))
+
+    @property
+    def measured_with(self) -> dict[str, Any]:
+        """What sensitivity cells depend on."""
+        return {"criterion": self.criterion, "calibration_images": self.calibration_images, "seed": self.seed}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON object; the time limit is left out, since it does not change what a search is."""
+        values = dataclasses.asdict(self)
+        del values["time_limit"]
+        return values | {"control": self.control_size, "sensitivity": list(self.sensitivity)}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Make settings from names and values.
+
+        Raises:
+            UnknownNameError: There is no setting of a name.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise UnknownNameError("setting", name, known)
+        return cls(**values)

@@ -1,0 +1,90 @@
+"""The proof that slicing a group is exact: the smaller network against the dense one with the elements zeroed.
+
+Removing an element must equal zeroing it wherever it is read (in the weights of its readers). Where it does not,
+because an operator between writer and reader mixes elements or the code fixes their number, the group is locked.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from autoprune.structure.groups import Group, Structure
+from autoprune.structure.surgery import remove
+
+__all__ = ["TOLERANCE", "Proof"]
+
+TOLERANCE = 1e-5
+"""Largest difference allowed, relative to the largest output."""
+
+
+class Proof:
+    """Proves the groups of one network on one random input.
+
+    It runs in float64 where the network can, so that the tolerance measures the slicing and not the rounding.
+
+    Args:
+        model: The dense network; not changed.
+        example_input: `(batch, ...)`; its shape and dtype are used, and its values where they are integers.
+        generator: Randomness of the inputs and of the elements removed.
+    """
+
+    def __init__(self, model: nn.Module, example_input: torch.Tensor, generator: torch.Generator) -> None:
+        self._generator = generator
+        inputs = example_input
+        if inputs.is_floating_point():
+            shape = (2, *inputs.shape[1:])
+            inputs = torch.randn(shape, generator=generator, dtype=torch.float64).to(inputs.device)
+        self._model = copy.deepcopy(model).eval()
+        self._inputs = inputs
+        try:
+            self._model.double()
+            self._outputs(self._model)
+        except (RuntimeError, TypeError):
+            self._model.float()
+            self._inputs = inputs.float() if inputs.is_floating_point() else inputs
+
+    def fault(self, group: Group) -> str | None:
+        """Return why a group can't be sliced, or None if slicing it is exact.
+
+        A random half of the elements is removed, then the other half, so that every element was both kept and removed.
+        """
+        if group.size < 2:
+            return "it has one element only, and a layer is never emptied"
+        shuffled = torch.randperm(group.size, generator=self._generator)
+        halves = shuffled[: group.size // 2], shuffled[group.size // 2 :]
+        faults = (self._fault(group, half.tolist()) for half in halves)
+        return next((fault for fault in faults if fault is not None), None)
+
+    def _fault(self, group: Group, removed: list[int]) -> str | None:
+        expected = self._outputs(self._model, self._zeroed(group, removed))
+        try:
+            smaller = remove(self._model, Structure((group,)), {group.name: removed})
+            outputs = self._outputs(smaller)
+        except (RuntimeError, ValueError, IndexError) as error:
+            first_line = next(iter(str(error).splitlines()), type(error).__name__)
+            return f"the network fails without some of its elements: {first_line}"
+        if [o.shape for o in outputs] != [e.shape for e in expected]:
+            return "its elements are the network's output"
+        for output, reference in zip(outputs, expected, strict=True):
+            scale = reference.abs().max().clamp_min(1e-30)
+            difference = float((output - reference).abs().max() / scale)
+            if not difference <= TOLERANCE:
+                return f"removing its elements is not the same as zeroing them (outputs differ by {difference:.0e})"
+        return None
+
+    def _zeroed(self, group: Group, removed: list[int]) -> dict[str, torch.Tensor]:
+        tensors = dict(self._model.named_parameters())
+        zeroed: dict[str, torch.Tensor] = {}
+        for part in group.slices:
+            if part.role == "read":
+                gone = part.positions[removed].flatten()
+                weight = zeroed.get(part.tensor, tensors[part.tensor].detach())
+                zeroed[part.tensor] = weight.index_fill(part.dim, gone.to(weight.device), 0.0)
+        return zeroed
+
+    def _outputs(self, model: nn.Module, replaced: dict[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
+        with torch.no_grad():
+            outputs = torch.func.functional_call(model, replaced or {}, (self._inputs,))
+        return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
