@@ -34,15 +34,20 @@ def read_bounds(path: str | Path) -> dict[str, dict[str, Any]]:
         document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"can't read the groups' bounds from {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     table = document.get("groups")
-    if not isinstance(table, dict) or set(document) != {"groups"} or not all(isinstance(v, dict) for v in table.values()):
-        raise ConfigError(f'{path} must hold one table [groups] with lines such as conv1 = {{lock = true}} or "layer3.*" = {{max = 0.8}}')
+    is_table = isinstance(table, dict) and all(isinstance(line, dict) for line in table.values())
+    if not is_table or set(document) != {"groups"}:
+        raise ConfigError(
+            f"{path} must hold one table [groups], with lines such as conv1 = {{lock = true}} or conv2 = {{max = 0.8}}"
+        )
     return table
 
 
-def parse_bounds(table: Mapping[str, Mapping[str, Any]], structure: Structure, max_sparsity: float) -> dict[str, tuple[float, float]]:
+def parse_bounds(
+    table: Mapping[str, Mapping[str, Any]], structure: Structure, max_sparsity: float
+) -> dict[str, tuple[float, float]]:
     """Return every named group's lowest and highest sparsity.
 
     Args:
@@ -52,21 +57,32 @@ def parse_bounds(table: Mapping[str, Mapping[str, Any]], structure: Structure, m
 
     Raises:
         UnknownNameError: A pattern matches no group.
-        ConfigError: A line has other keys, or numbers out of range.
+        ConfigError: A line is for a group that can't be pruned, has other keys, or numbers out of range.
     """
     bounds: dict[str, tuple[float, float]] = {}
     for pattern, line in table.items():
         matched = [name for name in structure.names if fnmatchcase(name, pattern)]
         if not matched:
+            for locked in structure.locked:
+                if locked.name == pattern:
+                    raise ConfigError(f"group '{pattern}' can't be pruned, so it takes no bounds: {locked.reason}")
             raise UnknownNameError("group", pattern, structure.names)
         unknown = set(line) - {"lock", "min", "max"}
         if unknown:
             raise ConfigError(f"group '{pattern}' has a key '{min(unknown)}'; known are lock, min and max")
-        low, high = line.get("min", 0.0), line.get("max", max(max_sparsity, line.get("min", 0.0)))
-        if line.get("lock", False):
-            low, high = 0.0, 0.0
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (low, high))
-        if not numbers or not 0 <= low <= high < 1:
-            raise ConfigError(f"`0 <= min <= max < 1` must hold for group '{pattern}', but got min={low}, max={high}")
-        bounds.update(dict.fromkeys(matched, (float(low), float(high))))
+        bounds.update(dict.fromkeys(matched, _parse_line(pattern, line, max_sparsity)))
     return bounds
+
+
+def _parse_line(pattern: str, line: Mapping[str, Any], max_sparsity: float) -> tuple[float, float]:
+    lock = line.get("lock", False)
+    if not isinstance(lock, bool):
+        raise ConfigError(f"`lock` must be true or false for group '{pattern}', but got {lock!r}")
+    low = line.get("min", 0.0)
+    high = line.get("max", max_sparsity)
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (low, high))
+    if numbers and "max" not in line:
+        high = max(low, high)
+    if not numbers or not 0 <= low <= high < 1:
+        raise ConfigError(f"`0 <= min <= max < 1` must hold for group '{pattern}', but got min={low!r}, max={high!r}")
+    return (0.0, 0.0) if lock else (float(low), float(high))

@@ -510,6 +510,8 @@ class NamedData:
         in_channels: Channels of an image.
         input_size: Height and width of an image, in pixels.
         augment: What training batches go through.
+        val_fraction: Share of the training samples that are cut off for validation where nothing else is asked for;
+            larger for small data, so that a candidate's accuracy has a standard error worth reading.
     """
 
     name: str
@@ -519,6 +521,7 @@ class NamedData:
     in_channels: int
     input_size: int
     augment: Augment
+    val_fraction: float = 0.1
 
 
 _MNIST: Final = Normalise((0.1307,), (0.3081,))
@@ -547,6 +550,7 @@ def _digits() -> NamedData:
         1,
         8,
         RandomShift(1, _DIGITS.black()),
+        val_fraction=0.25,
     )
 
 

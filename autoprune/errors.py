@@ -104,7 +104,7 @@ class RunError(AutopruneError, RuntimeError):
     """A run's folder can't be written, or holds something else than what is asked for."""
 
 
-class SearchOver(AutopruneError):  # noqa: N818 - a signal, like StopIteration
+class SearchOver(AutopruneError):
     """Tells an agent that its evaluations or its time are spent; the search loop catches it."""
 
 

@@ -5,16 +5,21 @@ pickle of code. `save` proves that what it wrote loads and computes the same bef
 """
 
 import importlib.metadata
+import io
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from autoprune import models
+from autoprune.data import isolated_rng
 from autoprune.errors import AutopruneWarning, ConfigError, RunError, WeightsError
 from autoprune.run import RunFolder, write_json
 from autoprune.structure import Kept, select
@@ -52,6 +57,8 @@ def save(
     folder = Path(folder)
     RunFolder(folder).create()
     spec = models.spec_of(dense)
+    if spec is not None and repr(_built(spec)) != repr(dense):
+        spec = None  # it was changed since it was built, so its name does not rebuild it
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
     document = {
@@ -64,7 +71,7 @@ def save(
         "versions": {"autoprune": importlib.metadata.version("autoprune"), "torch": torch.__version__},
     }
     write_json(folder / RECIPE, document)
-    _prove(model, load(folder, build=lambda: dense), example_input, "reloaded")
+    _prove(model, load(folder, build=None if spec else lambda: dense), example_input, "reloaded")
     _save_program(model, folder / PROGRAM, example_input)
     return folder
 
@@ -77,19 +84,17 @@ def load(folder: str | Path, build: Callable[[], nn.Module] | None = None) -> nn
         build: Makes the dense network of your own class, with any weights; a named network needs none.
 
     Raises:
-        RunError: The folder is not a saved network.
+        RunError: The folder is not a saved network, or a file of it can't be read.
         ConfigError: The network is of a class that only you can build, and `build` is not given.
         WeightsError: `build` makes another architecture.
     """
     folder = Path(folder)
     recipe = recipe_of(folder)
     if build is not None:
-        dense = build()
+        with isolated_rng(0):  # its initial weights are thrown away
+            dense = build()
     elif recipe["model"] is not None:
-        spec = models.ModelSpec.from_dict(recipe["model"])
-        dense = models.build(
-            spec.name, num_classes=spec.num_classes, in_channels=spec.in_channels, input_size=spec.input_size
-        )
+        dense = _built(models.ModelSpec.from_dict(recipe["model"]))
     else:
         raise ConfigError(
             f"{folder} holds a {recipe['class']}, which only your code can build: "
@@ -101,14 +106,18 @@ def load(folder: str | Path, build: Callable[[], nn.Module] | None = None) -> nn
     }
     try:
         state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder / WEIGHTS} can't be read ({error}); save the network again") from error
+    try:
         model = select(dense, kept)
         floating = next((t.dtype for t in state.values() if t.is_floating_point()), torch.get_default_dtype())
         model.to("cpu", floating).load_state_dict(state)
-    except (OSError, RuntimeError, IndexError, KeyError) as error:
+    except (AttributeError, IndexError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
         raise WeightsError(
-            f"the weights in {folder} don't fit a {type(dense).__name__}: {detail}; does `build` make the dense network?"
+            f"the weights in {folder} don't fit a {type(dense).__name__}: {detail}; "
+            "does `build` make the dense network?"
         ) from error
     return model.eval()
 
@@ -117,12 +126,20 @@ def recipe_of(folder: str | Path) -> dict[str, Any]:
     """Return a saved network's recipe.
 
     Raises:
-        RunError: The folder has none.
+        RunError: The folder has none, or one of another format.
     """
+    if not (Path(folder) / RECIPE).is_file():
+        raise RunError(
+            f"{folder} has no {RECIPE}; name what `save` wrote, in a search's folder {RunFolder(folder).pruned.name}/"
+        )
     recipe = RunFolder(folder).read(Path(folder) / RECIPE)
     if recipe.get("format") != _FORMAT:
         raise RunError(f"{Path(folder) / RECIPE} has format {recipe.get('format')}, but this version reads {_FORMAT}")
     return recipe
+
+
+def _built(spec: models.ModelSpec) -> nn.Module:
+    return models.build(**spec.to_dict())
 
 
 def _save_program(model: nn.Module, path: Path, example_input: torch.Tensor) -> None:
@@ -130,9 +147,9 @@ def _save_program(model: nn.Module, path: Path, example_input: torch.Tensor) -> 
     dynamic = {0: torch.export.Dim("batch", min=1)}
     path.unlink(missing_ok=True)
     try:
-        plain = select(model.eval(), {}).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # typed without it
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export warns of its own internals
+        plain = select(model.eval(), {}).cpu()
+        plain.to(memory_format=torch.contiguous_format)
+        with _quiet():
             program = torch.export.export(plain, (inputs,), dynamic_shapes=(dynamic,))
             torch.export.save(program, path)
             _prove(model, torch.export.load(path).module(), example_input, "exported")
@@ -141,10 +158,23 @@ def _save_program(model: nn.Module, path: Path, example_input: torch.Tensor) -> 
     except Exception as error:
         first_line = next(iter(str(error).splitlines()), "no message")
         warnings.warn(
-            f"no {PROGRAM} was written, since torch.export can't trace the network: {type(error).__name__}: {first_line}",
+            f"no {PROGRAM} was written: torch.export can't trace the network: {type(error).__name__}: {first_line}",
             AutopruneWarning,
             stacklevel=4,
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what torch.export warns, logs and prints of its own internals off the terminal."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 @torch.no_grad()
@@ -153,4 +183,6 @@ def _prove(model: nn.Module, other: nn.Module, example_input: torch.Tensor, whic
     expected = model.eval()(example_input.to(device)).cpu()
     difference = float((other(example_input.cpu()) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not difference <= 1e-4:
-        raise RunError(f"the {which} network differs from the one that was saved by {difference:.1e}; nothing was handed back")
+        raise RunError(
+            f"the {which} network differs from the one that was saved by {difference:.1e}; nothing was handed back"
+        )

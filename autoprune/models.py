@@ -11,12 +11,23 @@ from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autoprune.errors import ConfigError, UnknownNameError, WeightsError
 
-__all__ = ["BasicBlock", "ChannelPad", "CifarResNet", "ModelSpec", "build", "load_weights", "names", "spec_of"]
+__all__ = [
+    "BasicBlock",
+    "ChannelPad",
+    "CifarResNet",
+    "ModelSpec",
+    "build",
+    "load_weights",
+    "names",
+    "save_weights",
+    "spec_of",
+]
 
 Shortcut = Literal["pad", "projection", "none"]
 
@@ -339,6 +350,19 @@ def spec_of(module: nn.Module) -> ModelSpec | None:
     """Return how `build` built this module, or None for a module of other origin; copies keep it."""
     values = getattr(module, _SPEC_ATTRIBUTE, None)
     return None if values is None else ModelSpec.from_dict(values)
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write a network's tensors to a `.safetensors` file that `load_weights` reads.
+
+    Raises:
+        WeightsError: The file can't be written.
+    """
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    try:
+        save_file(state, path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"can't write the weights to {path}: {error}; name another file") from error
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
-from typing import Self
+from numbers import Real
+from typing import Any, Self
 
 from autoprune.errors import PolicyError
 
@@ -21,7 +21,7 @@ class Policy(Mapping[str, float]):
         sparsities: Group name to sparsity.
 
     Raises:
-        PolicyError: A sparsity is not a finite number in [0, 1).
+        PolicyError: A sparsity is not a number in [0, 1).
 
     Example:
         >>> policy = Policy({"conv1": 0.5, "conv2": 0.0})
@@ -36,13 +36,12 @@ class Policy(Mapping[str, float]):
     def __init__(self, sparsities: Mapping[str, float]) -> None:
         checked: dict[str, float] = {}
         for group, sparsity in sparsities.items():
-            value = float(sparsity)
-            if not (math.isfinite(value) and 0.0 <= value < 1.0):
+            if not (isinstance(sparsity, Real) and 0.0 <= sparsity < 1.0):
                 raise PolicyError(
-                    f"`0 <= sparsity < 1` must hold for every group, but got {group}={value:g}; "
+                    f"`0 <= sparsity < 1` must hold for every group, but got {group}={sparsity!r}; "
                     "to remove as much as possible ask for 0.99, which keeps at least one element"
                 )
-            checked[group] = value
+            checked[group] = float(sparsity) + 0.0  # turns -0.0 into the 0.0 that it equals
         self._sparsities = checked
         text = json.dumps({group: round(value, 9) for group, value in sorted(checked.items())})
         self._id = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -64,15 +63,20 @@ class Policy(Mapping[str, float]):
             PolicyError: The text is not a JSON object of numbers, or names a group twice.
         """
 
-        def refuse_duplicates(pairs: list[tuple[str, float]]) -> dict[str, float]:
-            if len({name for name, _ in pairs}) < len(pairs):
-                raise PolicyError("a policy gives each group one sparsity, but a group is named twice")
+        def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            names = [name for name, _ in pairs]
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise PolicyError(f"a policy gives each group one sparsity, but '{twice[0]}' is named twice")
             return dict(pairs)
 
         try:
-            return cls(json.loads(text, object_pairs_hook=refuse_duplicates))
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise PolicyError(f"a policy is a JSON object of group names and sparsities, but got {text[:80]!r}") from error
+            values = json.loads(text, object_pairs_hook=refuse_duplicates)
+        except json.JSONDecodeError:
+            values = None
+        if not isinstance(values, dict):
+            raise PolicyError(f"a policy is a JSON object of groups and sparsities, but got {text[:80]!r}")
+        return cls(values)
 
     def __getitem__(self, group: str) -> float:
         return self._sparsities[group]

@@ -38,6 +38,7 @@ class RunFolder:
         self.result = self.path / "result.json"
         self.final = self.path / "final.json"
         self.report = self.path / "report.html"
+        self.figures = self.path / "figures"
         self.tracking = self.path / "tracking.json"
         self.baseline = self.path / "baseline.safetensors"
         self.pruned = self.path / "pruned"
@@ -59,6 +60,8 @@ class RunFolder:
     def claim(self, config: Mapping[str, Any], identity: tuple[str, ...]) -> bool:
         """Take the folder for one search, or go on with the same one.
 
+        A folder whose search left nothing but its config (it failed before it began) is free.
+
         Args:
             config: Written to `config.json` if the folder is new.
             identity: The sections of the config that make it the same search.
@@ -79,11 +82,15 @@ class RunFolder:
         for section in identity:
             mine, theirs = json.loads(json.dumps(config[section])), there.get(section) or {}
             for key in {**theirs, **mine}:
-                if mine.get(key) != theirs.get(key):
-                    raise RunError(
-                        f"{self.path} holds another search: its {key} is {theirs.get(key)!r}, not {mine.get(key)!r}; "
-                        "name another folder with --out, or repeat its settings to go on with it"
-                    )
+                if mine.get(key) == theirs.get(key):
+                    continue
+                if not any(file.exists() for file in (self.sensitivity, self.ledger, self.tracking, self.result)):
+                    write_json(self.config, config)
+                    return False
+                raise RunError(
+                    f"{self.path} holds another search: its {key} is {theirs.get(key)!r}, not {mine.get(key)!r}; "
+                    "name another folder with --out, or repeat its settings to go on with it"
+                )
         return True
 
     def read(self, file: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ sensitivity cells and candidates that are there are not measured again, and the 
 answered from the ledger.
 """
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import math
 import platform
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from autoprune import registry
 from autoprune.bounds import parse_bounds
@@ -31,18 +32,20 @@ from autoprune.errors import (
 )
 from autoprune.evaluation import Arm, Candidate, Evaluator, Ledger, Measurement, Workbench
 from autoprune.finaliser import PrunedNetwork
+from autoprune.finetuning import DivergedError
 from autoprune.pareto import front, hypervolume, pick
 from autoprune.policy import Policy
 from autoprune.progress import Progress, Silent
 from autoprune.run import FORMAT, RunFolder, write_json
 from autoprune.scoring import Evidence, removal_orders
 from autoprune.seeds import derive
-from autoprune.sensitivity import SensitivityReport
+from autoprune.sensitivity import SensitivityReport, conditions
 from autoprune.sensitivity import analyse as analyse_sensitivity
 from autoprune.settings import SearchSettings
 from autoprune.structure import Structure
 from autoprune.structure import analyse as analyse_structure
 from autoprune.task import Task
+from autoprune.threads import suited_threads
 from autoprune.tracking import MLflowTracker, Tracker
 
 if TYPE_CHECKING:
@@ -87,17 +90,25 @@ def prepare(task: Task, settings: SearchSettings) -> Prepared:
     """
     structure = analyse_structure(task.model, task.example_input, seed=derive(settings.seed, "proof"))
     if not len(structure):
-        reasons = "; ".join(f"{group.name}: {group.reason}" for group in structure.locked) or "no convolution or linear layer"
+        reasons = (
+            "; ".join(f"{group.name}: {group.reason}" for group in structure.locked) or "no convolution or linear layer"
+        )
         raise TaskError(f"nothing in {task.name} can be pruned ({reasons})")
     costs = CostModel(task.model, task.example_input, structure)
     if costs.unknown:
         listed = ", ".join(f"{name} ({times} times)" for name, times in costs.unknown.items())
-        warnings.warn(f"the MACs leave out operators that are not known: {listed}", UncountedOperatorWarning, stacklevel=2)
+        warnings.warn(
+            f"the MACs leave out operators that are not known: {listed}", UncountedOperatorWarning, stacklevel=2
+        )
     bounds = parse_bounds(settings.bounds, structure, settings.max_sparsity)
     feasible = FeasibleSet.build(structure, costs, settings.limits, bounds, settings.max_sparsity)
-    batches = list(task.calibration_batches(min(1000, settings.calibration_images), 250, derive(settings.seed, "scoring")))
+    batches = list(
+        task.calibration_batches(min(1000, settings.calibration_images), 250, derive(settings.seed, "scoring"))
+    )
     evidence = Evidence(batches, task.loss, derive(settings.seed, "scores"))
-    scores = registry.resolve("criterion", settings.criterion)().score(task.fresh_model().eval(), structure, evidence)
+    criterion = registry.resolve("criterion", settings.criterion)()
+    with suited_threads(costs.dense.macs):
+        scores = criterion.score(task.fresh_model().eval(), structure, evidence)
     bench = Workbench(task, structure, removal_orders(scores), settings.calibration_images, settings.seed)
     return Prepared(task, settings, structure, costs, feasible, bench, evidence)
 
@@ -149,8 +160,15 @@ class SearchResult:
         """
         if max_drop is None and budget is None:
             max_drop, budget = self._prepared.settings.max_drop, self._prepared.settings.budget
-        chosen, rule = _pick(self._evaluator, self.dense, max_drop, budget)
-        return _rebuild(self._evaluator, chosen, rule)
+        return self.network(*_pick(self._evaluator, self.dense, max_drop, budget))
+
+    def network(self, candidate: Candidate, rule: str = "chosen by hand") -> PrunedNetwork:
+        """Return any candidate of this search as a network, rebuilt and measured again.
+
+        Raises:
+            RunError: It does not measure what the ledger says.
+        """
+        return _rebuild(self._evaluator, candidate, rule)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result in short, as `autoprune search --json` prints it."""
@@ -162,6 +180,51 @@ class SearchResult:
             "picked": {key: picked[key] for key in ("policy", "accuracy", "macs", "params", "fidelity")},
             "run": str(self.run),
         }
+
+    def choose(self, network: PrunedNetwork) -> None:
+        """Make a network of this search the picked one: save it to `pruned/`, and renew result and report."""
+        chosen = network.candidate
+        uniform = _uniform_at(self._prepared, self._evaluator, chosen.cost)
+        self.summary = {
+            **self.summary,
+            "evaluations": len(self._evaluator.ledger),
+            "picked": _point(chosen) | {"removed": dict(chosen.removed), "rule": network.rule},
+            "uniform": None if uniform is None else _point(uniform),
+            "predicted": _predicted(self._folder, chosen),
+        }
+        network.save(self._folder.pruned)
+        _write_front(self._folder, self._evaluator)
+        write_json(self._folder.result, self.summary)
+        self.report()
+
+    def finalize(self, epochs: int = 10, *, progress: Callable[[int, float], None] | None = None) -> PrunedNetwork:
+        """Fine-tune the picked network fully, read the test set once, save the network and write `final.json`.
+
+        Args:
+            epochs: Passes over the training split.
+            progress: Called after every step with the steps done and the step's loss.
+
+        Raises:
+            RunError: The search was finalised before: the test set is read once.
+        """
+        if self._folder.final.exists():
+            raise RunError(
+                f"{self.run} was finalised before, and the test set is read once; "
+                f"its numbers are in {self._folder.final}"
+            )
+        picked = self.summary["picked"]
+        chosen = self._evaluator.ledger.get(picked["id"])
+        if chosen is None:
+            raise RunError(f"the picked candidate {picked['id']} is not in the ledger of {self.run}")
+        network = _rebuild(self._evaluator, chosen, picked["rule"]).finetune(epochs, progress=progress)
+        network.save(self._folder.pruned)
+        final: dict[str, Any] = {"epochs": epochs, "val": _measurement(network.measured)}
+        if self._prepared.task.n_test:
+            test, dense_test = network.test()
+            final |= {"test": _measurement(test), "dense_test": _measurement(dense_test)}
+        write_json(self._folder.final, final)
+        self.report()
+        return network
 
     def report(self) -> Path:
         """Write `report.html` and return its path."""
@@ -176,6 +239,7 @@ def search(
     tracker: Tracker | None = None,
     progress: Progress | None = None,
     source: Mapping[str, Any] | None = None,
+    reuse: str | Path | None = None,
     **settings: Any,
 ) -> SearchResult:
     """Search layer-wise sparsities for a task, and leave everything in a folder.
@@ -189,6 +253,8 @@ def search(
         tracker: Where candidates are logged; MLflow's own store by default.
         progress: Who watches.
         source: How the command line made the task, kept in `config.json` so that it can make it again.
+        reuse: A sensitivity report of the same network and data, from another search or `autoprune sensitivity`;
+            its cells are not measured again.
         settings: The fields of `SearchSettings`: `budget`, `max_drop`, `candidates`, `finetune_steps`, ...
 
     Returns:
@@ -213,11 +279,12 @@ def search(
         "format": FORMAT,
         "task": task.describe(),
         "digest": task.digest(),
+        "measures": conditions(task, {}),
         "search": options.to_dict(),
         "source": None if source is None else dict(source),
         "versions": _versions(),
     }
-    going_on = folder.claim(config, ("digest", "search"))
+    going_on = folder.claim(config, ("digest", "measures", "search"))
     prepared = prepare(task, options)
     evaluator = _evaluator(prepared, folder)
     if going_on and folder.result.exists():
@@ -225,6 +292,10 @@ def search(
         return SearchResult(folder, prepared, evaluator, folder.read(folder.result))
     if going_on:
         watcher.line(f"going on with {folder.path}: {len(evaluator.ledger)} candidates are there")
+    if reuse is not None and not folder.sensitivity.exists():
+        report = SensitivityReport.load(Path(reuse))
+        report.require(task.digest(), conditions(task, options.measured_with))
+        report.save(folder.sensitivity)
     job = _Search(prepared, evaluator, folder, watcher, started)
     log = tracker or MLflowTracker(experiment="autoprune", run_name=folder.path.name, parent_run_id=_parent_run(folder))
     return job.run(searcher, log)
@@ -269,19 +340,24 @@ class _Search:
         self.tracker = tracker
         tracker.start(self.settings.to_dict(), {"task": self.prepared.task.name, "run": str(self.folder.path)})
         self.logged: set[str] = set()
-        status, network, summary = "KILLED", None, {}
+        status = "FAILED"
+        network: PrunedNetwork | None = None
+        summary: dict[str, Any] = {}
         try:
             sensitivity = self.analyse()
             arm = self.search(agent, sensitivity, dense)
-            summary, network = self.conclude(arm, dense, sensitivity)
+            summary, network = self.conclude(arm, dense)
             status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
         finally:
-            artifacts = [f for f in (self.folder.config, self.folder.sensitivity, self.folder.front) if f.exists()]
-            artifacts += [f for f in (self.folder.report, self.folder.ledger) if f.exists()]
+            folder = self.folder
+            files = (folder.config, folder.sensitivity, folder.ledger, folder.front, folder.report, folder.figures)
             metrics = {f"picked.{k}": v for k, v in summary.get("picked", {}).items() if isinstance(v, int | float)}
             tracker.finish(
                 metrics=metrics,
-                artifacts=artifacts,
+                artifacts=[file for file in files if file.exists()],
                 model=network.model if network else None,
                 example_input=self.prepared.task.example_input if network else None,
                 status=status,
@@ -323,13 +399,15 @@ class _Search:
         if steps:
             tried = min(3, steps)
             started = time.monotonic()
-            self.evaluator.train(model, tried, self.settings.recovery.recipe, 0)
+            with contextlib.suppress(DivergedError):  # what candidates make of it is on record
+                self.evaluator.train(model, tried, self.settings.recovery.recipe, 0)
             training = (time.monotonic() - started) / tried * steps
         each = calibrating + training + passing * (2 if steps else 1)
         cells = len(self.prepared.structure) * len(self.settings.sensitivity)
         count = self.settings.candidates + self.settings.control_size + 2
         self.progress.line(
-            f"at most {cells} sensitivity cells of {calibrating + passing:.1f} s and {count} evaluations of {each:.1f} s: "
+            f"at most {cells} sensitivity cells of {calibrating + passing:.1f} s and "
+            f"{count} evaluations of {each:.1f} s: "
             f"{_minutes(cells * (calibrating + passing) + count * each)}"
             + ("" if self.settings.time_limit is None else f", stopped after {_minutes(self.settings.time_limit)}")
         )
@@ -383,10 +461,8 @@ class _Search:
         random = Arm(self.evaluator, "random", "random", controls, self.deadline)
         arm = Arm(self.evaluator, "search", self.settings.agent, self.settings.candidates, self.deadline)
         control_space = registry.resolve("search space", "group")(self.prepared.feasible, spend=spend)
-        try:
+        with contextlib.suppress(SearchOver):
             watched(uniform)(self._uniform(1.0))
-        except SearchOver:
-            pass
         plain = registry.resolve("agent", "random")()
         environment = self._environment(self.prepared.feasible, control_space, watched(random), value, controls, None)
         _until_over(plain, environment, derive(self.settings.seed, "control"))
@@ -454,7 +530,7 @@ class _Search:
         highest = sensitivity.bounds(self.prepared.structure, _ALONE, self.settings.max_sparsity)
         upper = np.array([g.count(highest[g.name][1]) for g in self.prepared.structure], dtype=np.int64)
         upper = np.clip(upper, user.lower, user.upper)
-        narrowed = FeasibleSet(user.structure, user.costs, user.budget, user.lower, upper)
+        narrowed = dataclasses.replace(user, upper=upper)
         return narrowed if narrowed.utilisation(upper) <= 1 else user
 
     def _uniform(self, target: float) -> Policy:
@@ -464,22 +540,23 @@ class _Search:
 
     # -- after ----------------------------------------------------------------------------------------------------
 
-    def conclude(
-        self, arm: Arm, dense: Measurement, sensitivity: SensitivityReport | None
-    ) -> tuple[dict[str, Any], PrunedNetwork]:
+    def conclude(self, arm: Arm, dense: Measurement) -> tuple[dict[str, Any], PrunedNetwork]:
         """Pick, compare with the controls at the same cost, rebuild, save and report."""
         costs, ledger = self.prepared.costs, self.evaluator.ledger
         dense_record = _measurement(dense) | costs.dense.to_dict()
-        chosen, rule = _pick(self.evaluator, dense_record, self.settings.max_drop, self.settings.budget, fall_back=True)
+        known = -1
+        while known < len(ledger):  # uniform at the picked one's cost may be the better pick
+            known = len(ledger)
+            chosen, rule = _pick(
+                self.evaluator, dense_record, self.settings.max_drop, self.settings.budget, fall_back=True
+            )
+            uniform = _uniform_at(self.prepared, self.evaluator, chosen.cost)
+        for candidate in ledger:
+            if candidate.id not in self.logged:
+                self.tracker.candidate(candidate)
         picked = _rebuild(self.evaluator, chosen, rule)
-        uniform = self._uniform_at(chosen.cost)
         randoms = [c for c in ledger if c.arm == "random"]
         best_random = max((c for c in _measured(randoms)), key=lambda c: c.accuracy, default=None)
-        predicted = None
-        recalibrated = chosen.at("recalibrated")
-        if sensitivity is not None and recalibrated is not None:
-            accuracy = sensitivity.predicted_accuracy(chosen.removed)
-            predicted = {"accuracy": accuracy, "gap": recalibrated.accuracy - accuracy}
         summary = {
             "agent": self.settings.agent,
             "evaluations": len(ledger),
@@ -492,34 +569,13 @@ class _Search:
             "picked": _point(chosen) | {"removed": dict(chosen.removed), "rule": rule},
             "uniform": None if uniform is None else _point(uniform),
             "random": {"size": len(randoms), "best": None if best_random is None else _point(best_random)},
-            "predicted": predicted,
+            "predicted": _predicted(self.folder, chosen),
         }
-        reference = {"accuracy": 0.0, "macs": costs.dense.macs, "params": costs.dense.params}
-        members = front(_measured(ledger))
-        write_json(
-            self.folder.front,
-            {
-                "objectives": ["accuracy", "macs", "params"],
-                "reference": reference,
-                "hypervolume": hypervolume(members, reference),
-                "points": [_point(candidate) for candidate in members],
-            },
-        )
+        _write_front(self.folder, self.evaluator)
         picked.save(self.folder.pruned)
         write_json(self.folder.result, summary)
         _report(self.folder)
         return summary, picked
-
-    def _uniform_at(self, cost: Cost) -> Candidate | None:
-        """Evaluate the uniform policy that costs no more multiply-adds than the picked candidate, and as little less."""
-        feasible = self.prepared.feasible
-        limit = Budget((Limit("macs", float(cost.macs), relative=False),))
-        same = FeasibleSet(feasible.structure, feasible.costs, limit, feasible.lower, feasible.upper)
-        policy = same.policy(same.project(np.zeros(len(same.structure))))
-        candidate = self.evaluator.evaluate(policy, arm="uniform", agent="uniform")
-        if candidate.id not in self.logged:
-            self.tracker.candidate(candidate)
-        return candidate if candidate.failure is None else None
 
     # -- words ----------------------------------------------------------------------------------------------------
 
@@ -549,10 +605,8 @@ def _evaluator(prepared: Prepared, folder: RunFolder) -> Evaluator:
 
 
 def _until_over(agent: Any, environment: "PruningEnv", seed: int) -> None:
-    try:
+    with contextlib.suppress(SearchOver):
         agent.run(environment, seed=seed)
-    except SearchOver:
-        pass
 
 
 def _measured(candidates: Any) -> list[Candidate]:
@@ -575,10 +629,43 @@ def _pick(
     try:
         return pick(measured, max_drop=max_drop, dense_accuracy=dense["accuracy"], fits=fits, budget_text=text)
     except ConfigError:
-        if not (fall_back and measured):
+        if not (fall_back and measured and max_drop is not None):
             raise
     nearest = [candidate for candidate in measured if fits is None or fits(candidate)] or measured
     return max(nearest, key=lambda c: c.accuracy), f"most accurate found; none is within a drop of {max_drop:g}"
+
+
+def _write_front(folder: RunFolder, evaluator: Evaluator) -> None:
+    dense = evaluator.costs.dense
+    reference = {"accuracy": 0.0, "macs": dense.macs, "params": dense.params}
+    members = front(_measured(evaluator.ledger))
+    write_json(
+        folder.front,
+        {
+            "objectives": ["accuracy", "macs", "params"],
+            "reference": reference,
+            "hypervolume": hypervolume(members, reference),
+            "points": [_point(candidate) for candidate in members],
+        },
+    )
+
+
+def _uniform_at(prepared: Prepared, evaluator: Evaluator, cost: Cost) -> Candidate | None:
+    """Evaluate the uniform policy that has no more multiply-adds than a cost, and as little less as can be."""
+    limit = Budget((Limit("macs", float(cost.macs), relative=False),))
+    same = dataclasses.replace(prepared.feasible, budget=limit)
+    policy = same.policy(same.project(np.zeros(len(same.structure))))
+    candidate = evaluator.evaluate(policy, arm="uniform", agent="uniform")
+    return candidate if candidate.failure is None else None
+
+
+def _predicted(folder: RunFolder, chosen: Candidate) -> dict[str, float] | None:
+    """Return what the one-group curves predict for a policy, and how far the joint measurement is from it."""
+    recalibrated = chosen.at("recalibrated")
+    if recalibrated is None or not folder.sensitivity.exists():
+        return None
+    accuracy = SensitivityReport.load(folder.sensitivity).predicted_accuracy(chosen.removed)
+    return {"accuracy": accuracy, "gap": recalibrated.accuracy - accuracy}
 
 
 def _rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNetwork:
@@ -586,8 +673,8 @@ def _rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNet
     again = measurements[-1].accuracy
     if not math.isclose(again, candidate.accuracy, abs_tol=2 * candidate.accuracy_se + 1e-9):
         raise RunError(
-            f"candidate {candidate.id} was measured at {candidate.accuracy:.4f} but its network rebuilt from the same seed "
-            f"at {again:.4f}; is this the same data, machine and version?"
+            f"candidate {candidate.id} was measured at {candidate.accuracy:.4f}, but its network, rebuilt from its "
+            f"seed, at {again:.4f}; is this the same data, machine and version?"
         )
     return PrunedNetwork(evaluator, candidate, model, measurements[-1], rule)
 
@@ -614,8 +701,9 @@ def _measurement(measurement: Measurement) -> dict[str, Any]:
 
 
 def _report(folder: RunFolder) -> Path:
-    from autoprune.report import write_report  # loads plotly
+    from autoprune.report import figure_files, write_report  # loads plotly
 
+    figure_files(folder.path, folder.figures)
     return write_report(folder.path)
 
 
@@ -624,7 +712,16 @@ def _parent_run(folder: RunFolder) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("autoprune", "torch", "torchvision", "optuna", "gymnasium", "stable-baselines3", "mlflow", "torch-pruning")
+    packages = (
+        "autoprune",
+        "torch",
+        "torchvision",
+        "optuna",
+        "gymnasium",
+        "stable-baselines3",
+        "mlflow",
+        "torch-pruning",
+    )
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 

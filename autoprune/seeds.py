@@ -1,4 +1,4 @@
-"""Randomness as a value: seeds split by name, and the one place that lets global generators be used, and restores them."""
+"""Randomness as a value: seeds split by name, and a place where torch's global generator is used and restored."""
 
 import hashlib
 from collections.abc import Iterator

@@ -23,8 +23,10 @@ from autoprune.run import write_json
 from autoprune.scoring import Evidence
 from autoprune.scoring.taylor import taylor_scores
 from autoprune.structure import Structure
+from autoprune.task import Task
+from autoprune.threads import suited_threads
 
-__all__ = ["SPARSITIES", "Cell", "Curve", "GroupSensitivity", "SensitivityReport", "analyse"]
+__all__ = ["SPARSITIES", "Cell", "Curve", "GroupSensitivity", "SensitivityReport", "analyse", "conditions"]
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The grid where none is asked for."""
@@ -186,10 +188,10 @@ class SensitivityReport:
             RunError: The digest or the settings differ.
         """
         for what, mine, others in (("", self.digest, digest), ("setting ", self.settings, settings)):
-            for key in mine:
-                if mine[key] != others.get(key):
+            for key in {**mine, **others}:
+                if mine.get(key) != others.get(key):
                     raise RunError(
-                        f"the sensitivity report is of another {what}{key} ({mine[key]}, not {others.get(key)}); "
+                        f"the sensitivity report is of another {what}{key} ({mine.get(key)}, not {others.get(key)}); "
                         "name another file to analyse anew"
                     )
 
@@ -241,9 +243,9 @@ class SensitivityReport:
                     continue
                 trial = removed.copy()
                 trial[index] += step
-                saved = used - feasible.utilisation(trial)
+                needed = feasible.utilisation(trial)
                 rise = curve.loss_at(trial[index]) - curve.loss_at(removed[index])
-                options.append((rise / saved if saved > 0 else np.inf, index, trial, used - saved))
+                options.append((rise / (used - needed) if needed < used else np.inf, index, trial, needed))
             _, _, removed, used = min(options, key=lambda option: option[:2])
         return feasible.policy(removed)
 
@@ -291,7 +293,8 @@ def analyse(
         costs: Prices, for the groups' shares.
         path: The report's file; cells in it are not measured again.
         sparsities: In (0, 1); each becomes a whole number of elements.
-        settings: What the cells depend on besides network and data: criterion, calibration images, seed.
+        settings: What the cells depend on besides network and data: criterion, calibration images, seed. The task's
+            augmentation, metric and loss are added by name.
         evidence: Batches for the Taylor prediction.
         shard: `(i, n)`: measure only every n-th cell, from the i-th; merge the files afterwards.
         deadline: Value of `time.monotonic()` after which no further cell is begun.
@@ -306,13 +309,15 @@ def analyse(
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"a shard i/n has 1 <= i <= n, but got {shard[0] + 1}/{shard[1]}")
     digest = bench.task.digest()
+    settings = conditions(bench.task, settings)
     dense = bench.measure(bench.model)
     report = SensitivityReport(digest, settings, dense.summary("dense"), tuple(_rows(bench.structure, costs)))
     if path.exists():
         loaded = SensitivityReport.load(path)
         loaded.require(digest, settings)
         report = loaded
-    taylor = taylor_scores(bench.model, bench.structure, evidence)
+    with suited_threads(bench.macs):
+        taylor = taylor_scores(bench.model, bench.structure, evidence)
     grid = [(g, g.count(s)) for g in bench.structure for s in sorted(set(sparsities))]
     wanted = list(dict.fromkeys((group.name, removed) for group, removed in grid if removed > 0))
     mine = list(itertools.islice(wanted, shard[0], None, shard[1]))
@@ -341,6 +346,12 @@ def analyse(
         report.save(path)
     report.save(path)
     return report
+
+
+def conditions(task: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what cells depend on besides network and data: the settings, and augmentation, metric and loss by name."""
+    described = task.describe()
+    return {**settings, **{key: described[key] for key in ("augment", "metric", "loss")}}
 
 
 def _rows(structure: Structure, costs: CostModel) -> Iterator[GroupSensitivity]:

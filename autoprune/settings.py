@@ -74,7 +74,9 @@ class SearchSettings:
         if not 0 < self.max_sparsity < 1:
             raise ConfigError(f"`0 < max_sparsity < 1` must hold, but got max_sparsity={self.max_sparsity}")
         if not all(0 < s < 1 for s in self.sensitivity):
-            raise ConfigError(f"`0 < sparsity < 1` must hold for every measured sparsity, but got {list(self.sensitivity)}")
+            raise ConfigError(
+                f"`0 < sparsity < 1` must hold for every measured sparsity, but got {list(self.sensitivity)}"
+            )
         for name in ("lr", "time_limit"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"`{name} > 0` must hold, but got {name}={getattr(self, name)}")

@@ -116,7 +116,7 @@ class Task:
         root: str | Path | None = None,
         weights: str | Path | None = None,
         download: bool = False,
-        val_fraction: float = 0.1,
+        val_fraction: float | None = None,
         split_seed: int = 0,
         model: nn.Module | None = None,
     ) -> Self:
@@ -128,7 +128,7 @@ class Task:
             root: The folder that holds the data.
             weights: A file for `autoprune.models.load_weights`.
             download: Whether the data may be fetched.
-            val_fraction: Of the training samples, cut off for validation.
+            val_fraction: Of the training samples, cut off for validation; by default the data set's own.
             split_seed: Of the cut.
             model: The network itself, where it is there already; then nothing is built.
 
@@ -148,7 +148,7 @@ class Task:
             train=source.train,
             test=source.test,
             augment=source.augment,
-            val_fraction=val_fraction,
+            val_fraction=source.val_fraction if val_fraction is None else val_fraction,
             split_seed=split_seed,
             name=f"{model_name} on {data_name}",
         )

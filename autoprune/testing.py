@@ -32,7 +32,15 @@ from autoprune.evaluation.candidate import Candidate, Measurement
 from autoprune.policy import Policy
 from autoprune.structure import Group, Slice, Structure
 
-__all__ = ["AgentContract", "SearchSpaceContract", "SyntheticEvaluator", "TinyNet", "TinyResNet", "chain", "synthetic_env"]
+__all__ = [
+    "AgentContract",
+    "SearchSpaceContract",
+    "SyntheticEvaluator",
+    "TinyNet",
+    "TinyResNet",
+    "chain",
+    "synthetic_env",
+]
 
 
 @final

@@ -13,12 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"autoprune": "autoprune", "agents": "autoprune.agents", "search_spaces": "autoprune.search_spaces"}
 
-_BASE = "errors policy registry seeds"
+_BASE = "errors policy registry seeds threads progress run"
 _TASK = "data models task"
 _NETWORK = f"{_BASE} structure cost"
 _TRAINING = f"{_NETWORK} {_TASK} scoring scheduling"
 _EVALUATION = f"{_TRAINING} finetuning evaluation"
-_PARTS = f"_version {_EVALUATION} sensitivity environment pareto report export tracking"
+_PARTS = f"_version {_EVALUATION} bounds settings sensitivity environment pareto report export finaliser tracking"
 _ALL = f"{_PARTS} search search_spaces agents autoprune"
 
 # The layers, low to high: a unit (a module or sub-package of autoprune; "autoprune" is the root), and the units that it
@@ -29,6 +29,9 @@ LAYERS = {
     "policy": "errors",
     "registry": "errors",
     "seeds": "",
+    "threads": "",
+    "progress": "",
+    "run": "errors",
     "data": _BASE,
     "models": _BASE,
     "task": f"{_BASE} data models",
@@ -38,11 +41,14 @@ LAYERS = {
     "scheduling": f"{_NETWORK} {_TASK} scoring",
     "finetuning": _TRAINING,
     "evaluation": f"{_TRAINING} finetuning",
+    "bounds": "errors structure",
+    "settings": _EVALUATION,
     "sensitivity": _EVALUATION,
     "environment": f"{_EVALUATION} sensitivity",
     "pareto": "errors policy",
     "report": "errors policy pareto",
     "export": f"_version {_EVALUATION} sensitivity",
+    "finaliser": f"{_EVALUATION} export",
     "tracking": f"_version {_EVALUATION} sensitivity",
     "search": _PARTS,
     "search_spaces": f"{_NETWORK} sensitivity",

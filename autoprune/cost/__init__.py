@@ -1,4 +1,4 @@
-"""What a policy costs: exact formulas, the count that they are checked against, budgets and the policies that meet them."""
+"""What a policy costs: exact formulas, the count that checks them, budgets, and the policies that meet them."""
 
 from autoprune.cost.budget import METRICS, Budget, Limit
 from autoprune.cost.count import Cost, Count, count

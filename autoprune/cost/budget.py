@@ -1,6 +1,8 @@
 """`Budget`: upper limits on what the picked network may cost, as the user writes them."""
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,7 +15,7 @@ METRICS = ("macs", "params", "bytes")
 """What can be limited."""
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "KB": 1e3, "MB": 1e6, "GB": 1e9}
-_LIMIT = re.compile(r"\s*(?P<metric>[A-Za-z_]+)\s*<=\s*(?P<number>[0-9.]+(?:e[0-9]+)?)\s*(?P<unit>%|[A-Za-z]*)\s*")
+_LIMIT = re.compile(r"\s*(?P<metric>[A-Za-z_]+)\s*<=\s*(?P<number>[0-9.]+(?:e[+-]?[0-9]+)?)\s*(?P<unit>%|[A-Za-z]*)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +37,17 @@ class Limit:
         return self.value * getattr(dense, self.metric) if self.relative else self.value
 
     def __str__(self) -> str:
-        if self.relative:
-            return f"{self.metric}<={self.value * 100:g}%"
-        for unit, factor in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-            if self.value >= factor:
-                return f"{self.metric}<={self.value / factor:g}{unit}"
-        return f"{self.metric}<={self.value:g}"
+        """Return the shortest text from which `Budget.parse` reads exactly this limit."""
+        plain = f"{self.metric}<={self.value!r}"
+        return next((text for text in self._spellings() if _parse_limit(text) == self), plain)
+
+    def _spellings(self) -> Iterator[str]:
+        units = [unit for unit in ("G", "M", "K", "") if self.value >= _UNITS[unit]]
+        for digits in range(6, 18):
+            if self.relative:
+                yield f"{self.metric}<={self.value * 100:.{digits}g}%"
+            else:
+                yield from (f"{self.metric}<={self.value / _UNITS[unit]:.{digits}g}{unit}" for unit in units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,9 @@ class Budget:
 def _parse_limit(text: str) -> Limit:
     match = _LIMIT.fullmatch(text)
     if match is None:
-        raise BudgetError(f"can't read the budget {text.strip()!r}; write for example macs<=50%, macs<=20M or params<=0.4")
+        raise BudgetError(
+            f"can't read the budget {text.strip()!r}; write for example macs<=50%, macs<=20M or params<=0.4"
+        )
     metric, unit = match["metric"].lower(), match["unit"]
     if metric not in METRICS:
         raise UnknownNameError("budget metric", metric, METRICS)
@@ -92,6 +101,6 @@ def _parse_limit(text: str) -> Limit:
         number, relative = number * _UNITS[unit.upper()], unit == "" and number <= 1
     else:
         raise UnknownNameError("budget unit", unit, ["%", *filter(None, _UNITS)])
-    if number <= 0:
-        raise BudgetError(f"a budget must be positive, but got {text.strip()!r}")
+    if not 0 < number < math.inf:
+        raise BudgetError(f"a budget must be a positive number, but got {text.strip()!r}")
     return Limit(metric, number, relative)

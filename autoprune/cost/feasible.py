@@ -58,7 +58,7 @@ class FeasibleSet:
             max_sparsity: Highest sparsity of the others.
 
         Raises:
-            ConfigError: A bound is of an unknown group, or not `0 <= low <= high < 1`.
+            ConfigError: A bound is of an unknown group, or not `0 <= low <= high < 1`; or the highest is not below 1.
             InfeasibleBudgetError: Not even the highest sparsities meet the budget.
         """
         bounds = dict(bounds or {})
@@ -69,7 +69,9 @@ class FeasibleSet:
             raise ConfigError(f"a bound is given for group '{unknown[0]}', but {reason}")
         for name, (low, high) in bounds.items():
             if not 0 <= low <= high < 1:
-                raise ConfigError(f"`0 <= low <= high < 1` must hold for a group's bounds, but got {name}=({low}, {high})")
+                raise ConfigError(f"`0 <= low <= high < 1` must hold for bounds, but got {name}=({low}, {high})")
+        if not 0 <= max_sparsity < 1:
+            raise ConfigError(f"`0 <= max_sparsity < 1` must hold, but got max_sparsity={max_sparsity}")
         pairs = [bounds.get(group.name, (0.0, max_sparsity)) for group in structure]
         lower = np.array([g.count(low) for g, (low, _) in zip(structure, pairs, strict=True)], dtype=np.int64)
         upper = np.array([g.count(high) for g, (_, high) in zip(structure, pairs, strict=True)], dtype=np.int64)
@@ -146,13 +148,13 @@ class FeasibleSet:
         return low, int(self.upper[index])
 
     def _refuse(self) -> None:
-        smallest, dense = self.smallest, self.costs.dense
         for limit in self.budget.limits:
-            reached, allowed = getattr(smallest, limit.metric), limit.absolute(dense)
+            dense = getattr(self.costs.dense, limit.metric)
+            reached, allowed = getattr(self.smallest, limit.metric), limit.absolute(self.costs.dense)
             if reached > allowed:
                 locked = ", ".join(group.name for group in self.structure.locked) or "none"
                 raise InfeasibleBudgetError(
-                    f"the budget {limit} allows {allowed:,.0f} {limit.metric}, but the smallest network within the bounds "
-                    f"has {reached:,} ({reached / getattr(dense, limit.metric):.1%} of {getattr(dense, limit.metric):,}); "
+                    f"the budget {limit} allows {allowed:,.0f} {limit.metric}, but the smallest network within the "
+                    f"bounds has {reached:,} ({reached / dense:.1%} of {dense:,}); "
                     f"raise the budget or the bounds' highest sparsity (locked groups: {locked})"
                 )

@@ -1,4 +1,4 @@
-"""`Candidate`: a policy with what was measured of it. A record that goes to JSON and back; how it is made is elsewhere."""
+"""`Candidate`: a policy with what was measured of it, a record that goes to JSON and back. Nothing here measures."""
 
 import math
 from collections.abc import Mapping

@@ -7,12 +7,12 @@ the policy and the search's seed alone, never on what was evaluated before, so t
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from autoprune.cost import CostModel
+from autoprune.cost import CostModel, count
 from autoprune.errors import SearchOver
 from autoprune.evaluation.candidate import Candidate, Measurement
 from autoprune.evaluation.ledger import Ledger
@@ -22,9 +22,11 @@ from autoprune.policy import Policy
 from autoprune.seeds import derive
 from autoprune.structure import Structure, remove
 from autoprune.task import Task
+from autoprune.threads import suited_threads
 
 __all__ = ["Arm", "Evaluator", "Recovery", "Workbench"]
 
+_IN_MEMORY = 2 << 30  # bytes of validation inputs that are kept ready; a larger split is read for each measurement
 _REPEATS = 200  # proposals in a row that were all evaluated before: the agent has converged
 
 
@@ -40,7 +42,7 @@ class Recovery:
 
     calibration_images: int = 2000
     finetune_steps: int = 50
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 class Workbench:
@@ -52,6 +54,10 @@ class Workbench:
         orders: Group name → elements, least important first.
         calibration_images: How many augmented training images batch-norm statistics are made from.
         seed: Of the calibration images.
+
+    Attributes:
+        model: The dense network, in eval mode.
+        macs: Its multiply-adds for one sample, which decide how many threads work (see `autoprune.threads`).
     """
 
     def __init__(
@@ -61,16 +67,20 @@ class Workbench:
         self.structure = structure
         self.orders = orders
         self.model = task.fresh_model().eval()
+        self.macs = count(self.model, task.example_input).cost.macs
         self._spatial = task.example_input.dim() == 4
         if self._spatial:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # typed without it
+            self.model.to(memory_format=torch.channels_last)
         self._device = next(iter(self.model.parameters())).device
         self._calibration = list(
             self.placed(task.calibration_batches(calibration_images, 250, derive(seed, "calibration")))
         )
-        self._val = list(self.placed(task.val_batches(500)))
+        size = task.n_val * task.example_input.numel() * task.example_input.element_size()
+        self._val = list(self.placed(task.val_batches(500))) if size <= _IN_MEMORY else None
 
-    def placed(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def placed(
+        self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield batches on the network's device, in its memory layout."""
         for inputs, targets in batches:
             layout = torch.channels_last if self._spatial else torch.contiguous_format
@@ -87,11 +97,14 @@ class Workbench:
 
     def recalibrate(self, model: nn.Module) -> None:
         """Make batch-norm statistics anew, in place."""
-        recalibrate(model, self._calibration)
+        with suited_threads(self.macs):
+            recalibrate(model, self._calibration)
 
     def measure(self, model: nn.Module) -> Samples:
         """Measure a network on the validation split."""
-        return measure(model, self._val, self.task.metric, self.task.loss)
+        with suited_threads(self.macs):
+            batches = self.placed(self.task.val_batches()) if self._val is None else self._val
+            return measure(model, batches, self.task.metric, self.task.loss)
 
 
 class Evaluator:
@@ -176,7 +189,8 @@ class Evaluator:
         """Fine-tune a network in place on the task's augmented training stream (see `autoprune.finetuning.train`)."""
         task = self.bench.task
         batches = self.bench.placed(task.train_batches(recipe.batch_size, seed))
-        train(model, batches, steps, recipe=recipe, loss=task.loss, seed=seed, progress=progress)
+        with suited_threads(self.bench.macs):
+            train(model, batches, steps, recipe=recipe, loss=task.loss, seed=seed, progress=progress)
 
 
 class Arm:

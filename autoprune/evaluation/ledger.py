@@ -21,7 +21,7 @@ class Ledger:
         path: The file; None keeps the ledger in memory.
 
     Raises:
-        RunError: A line other than the last can't be read.
+        RunError: A line other than the last can't be read, or repeats a policy.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -61,5 +61,12 @@ class Ledger:
             try:
                 candidate = Candidate.from_dict(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"line {number} of {path} can't be read ({error}); move the file away to start anew") from error
+                raise RunError(
+                    f"line {number} of {path} can't be read ({error}); move the file away to start anew"
+                ) from error
+            if candidate.id in self._candidates:
+                raise RunError(
+                    f"line {number} of {path} repeats policy {candidate.id}, as when two processes write one folder; "
+                    "move the file away to start anew"
+                )
             self._candidates[candidate.id] = candidate

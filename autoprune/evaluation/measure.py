@@ -1,4 +1,4 @@
-"""One pass over a split: a network's scores and losses, sample by sample, so that two networks can be compared in pairs."""
+"""One pass over a split: scores and losses sample by sample, so that two networks can be compared in pairs."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -49,7 +49,7 @@ def measure(
     metric: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> Samples:
-    """Run a network over a split in eval mode; its mode is restored.
+    """Run a network over a split in eval mode; the mode of every module is restored.
 
     Args:
         model: The network.
@@ -57,12 +57,13 @@ def measure(
         metric: Per-sample score, `(outputs, targets) -> (n,)`.
         loss: Per-sample loss, `(outputs, targets) -> (n,)`.
     """
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     scores, losses = [], []
     for inputs, targets in batches:
         outputs = model(inputs)
-        scores.append(metric(outputs, targets).double().cpu())
-        losses.append(loss(outputs, targets).double().cpu())
-    model.train(training)
+        scores.append(metric(outputs, targets).cpu().double())
+        losses.append(loss(outputs, targets).cpu().double())
+    for module, training in modes:
+        module.training = training
     return Samples(torch.cat(scores), torch.cat(losses))

@@ -14,9 +14,11 @@ __all__ = ["recalibrate"]
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Replace the running statistics of every batch-norm, in place, by plain averages over the batches.
+    """Replace the running statistics of every batch-norm, in place, by averages over the batches.
 
-    All else stays in eval mode (dropout draws nothing). A network without batch-norm is left as it is.
+    Every sample weighs the same, however long its batch is: the means are those of all samples together, the variances
+    the averages of those within the batches. All else stays in eval mode (dropout draws nothing). A network without
+    batch-norm is left as it is.
 
     Args:
         model: The network; its mode is restored.
@@ -30,10 +32,13 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # torch's word for a cumulative average
         norm.train()
+    seen = 0
     for inputs, _ in batches:
         if len(inputs) > 1:
+            seen += len(inputs)
+            for norm in norms:
+                norm.momentum = len(inputs) / seen  # the newest batch's weight in torch's running average
             model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -20,8 +20,8 @@ class DivergedError(FloatingPointError):
 class Recipe:
     """How weights are trained: SGD with Nesterov momentum under a one-cycle learning rate.
 
-    The cycle (Smith & Topin 2018, https://arxiv.org/abs/1708.07120) rises over the first `warmup` of the steps and falls
-    along a cosine to almost nothing, so that short trainings end as settled as long ones.
+    The cycle (Smith & Topin 2018, https://arxiv.org/abs/1708.07120) rises over the first `warmup` of the steps and
+    falls along a cosine to almost nothing, so that short trainings end as settled as long ones.
 
     Attributes:
         lr: Peak learning rate.

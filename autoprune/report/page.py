@@ -51,14 +51,16 @@ def write_report(run: Path) -> Path:
 
 
 def figure_files(run: Path, folder: Path) -> list[Path]:
-    """Write each figure of a run as an HTML file of its own (5 MB, works offline) and return the paths."""
+    """Write each figure of a run as an HTML file, with one plotly.min.js beside them all, and return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures(read_run(run)).items():
         path = folder / f"{name}.html"
-        path.write_text(plotly.io.to_html(figure, config=CONFIG, include_plotlyjs=True), encoding="utf-8")
+        path.write_text(plotly.io.to_html(figure, config=CONFIG, include_plotlyjs="directory"), encoding="utf-8")
         paths.append(path)
-    return paths
+    library = folder / "plotly.min.js"
+    library.write_text(plotly.offline.get_plotlyjs(), encoding="utf-8")
+    return [*paths, library]
 
 
 def page(run: Run) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from autoprune.structure import Group, Slice, Structure
 
-__all__ = ["Criterion", "Evidence", "Scores", "per_element", "removal_orders", "weights_of"]
+__all__ = ["Criterion", "Evidence", "Scores", "per_element", "removal_orders", "sum_of_weights"]
 
 Scores = Mapping[str, torch.Tensor]
 """Group name → `(size,)` float; higher means keep."""
@@ -53,13 +53,27 @@ def per_element(values: torch.Tensor, part: Slice) -> torch.Tensor:
     return along[part.positions.to(along.device)].sum(1)
 
 
-def weights_of(model: nn.Module, group: Group) -> list[tuple[torch.Tensor, Slice]]:
-    """Return the weights that a coupled group touches, filters and the columns that read them, without biases and norms."""
+def sum_of_weights(
+    model: nn.Module, group: Group, transform: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Sum transformed weights over all that a coupled group holds of each element.
+
+    These are its filters in every layer that writes it and the columns of every layer that reads it, without biases
+    and norms.
+
+    Args:
+        model: The dense network.
+        group: One of its groups.
+        transform: Elementwise, for example `torch.abs`.
+
+    Returns:
+        `(size,)`.
+    """
     parameters = dict(model.named_parameters())
     touched = [(parameters[part.tensor].detach(), part) for part in group.slices if part.tensor in parameters]
-    return [(weight, part) for weight, part in touched if weight.dim() > 1]
+    return torch.stack([per_element(transform(weight), part) for weight, part in touched if weight.dim() > 1]).sum(0)
 
 
 def removal_orders(scores: Scores) -> dict[str, list[int]]:
-    """Return every group's elements, least important first; ties go by number, so that the order is the same everywhere."""
+    """Return every group's elements, least important first; ties go by number, so the order is the same everywhere."""
     return {name: torch.argsort(score, stable=True).tolist() for name, score in scores.items()}

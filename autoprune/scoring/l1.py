@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import nn
 
-from autoprune.scoring.base import Evidence, Scores, per_element, weights_of
+from autoprune.scoring.base import Evidence, Scores, sum_of_weights
 from autoprune.structure import Structure
 
 __all__ = ["L1"]
@@ -21,7 +21,4 @@ class L1:
 
     def score(self, model: nn.Module, structure: Structure, evidence: Evidence) -> Scores:
         """Return the sums; `evidence` is not used."""
-        return {
-            group.name: torch.stack([per_element(w.abs(), part) for w, part in weights_of(model, group)]).sum(0)
-            for group in structure
-        }
+        return {group.name: sum_of_weights(model, group, torch.abs) for group in structure}

@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import nn
 
-from autoprune.scoring.base import Evidence, Scores, per_element, weights_of
+from autoprune.scoring.base import Evidence, Scores, sum_of_weights
 from autoprune.structure import Structure
 
 __all__ = ["L2"]
@@ -17,7 +17,4 @@ class L2:
 
     def score(self, model: nn.Module, structure: Structure, evidence: Evidence) -> Scores:
         """Return the norms; `evidence` is not used."""
-        return {
-            group.name: torch.stack([per_element(w.square(), part) for w, part in weights_of(model, group)]).sum(0).sqrt()
-            for group in structure
-        }
+        return {group.name: sum_of_weights(model, group, torch.square).sqrt() for group in structure}

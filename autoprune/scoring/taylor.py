@@ -1,7 +1,7 @@
-"""First-order Taylor: how much the loss would change (Molchanov et al. 2017, https://arxiv.org/abs/1611.06440, eq. 5-7)."""
+"""First-order Taylor: how the loss would change (Molchanov et al. 2017, https://arxiv.org/abs/1611.06440, eq. 5-7)."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import final
 
 import torch
@@ -53,11 +53,9 @@ def taylor_scores(model: nn.Module, structure: Structure, evidence: Evidence) ->
 
 def _changes(structure: Structure, products: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return `(size,)` sums of gradient times weight over the weights that read each element."""
-
-    def read(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(list(parts)).sum(0)
-
     return {
-        group.name: read(per_element(products[part.tensor], part) for part in group.slices if part.role == "read")
+        group.name: torch.stack(
+            [per_element(products[part.tensor], part) for part in group.slices if part.role == "read"]
+        ).sum(0)
         for group in structure
     }

@@ -9,10 +9,11 @@ Torch-Pruning takes padding for an element-wise operator, so the padding's index
 
 import copy
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ __all__ = ["find_channels"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
+"""What writes channels, besides embeddings."""
 _PER_CHANNEL = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -38,6 +41,8 @@ _PER_CHANNEL = (
     nn.LayerNorm,
     nn.PReLU,
 )
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_BLOCKED = "blocked:"
 
 
 def find_channels(model: nn.Module, example_input: torch.Tensor) -> tuple[list[Group], list[LockedGroup]]:
@@ -53,7 +58,13 @@ def find_channels(model: nn.Module, example_input: torch.Tensor) -> tuple[list[G
     Raises:
         StructureError: The dependency graph can't be built.
     """
-    traced = copy.deepcopy(model).eval()
+    try:
+        traced = copy.deepcopy(model).eval()
+    except RuntimeError as error:
+        raise StructureError(
+            f"{type(model).__name__} can't be copied ({_first_line(error)}); if some of its weights are computed from "
+            "others, as by weight norm or pruning masks, make them plain parameters first"
+        ) from error
     for parameter in traced.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     trace = _Trace()
@@ -61,14 +72,29 @@ def find_channels(model: nn.Module, example_input: torch.Tensor) -> tuple[list[G
         warnings.simplefilter("ignore")  # it warns of parameters outside modules; here the proof judges those
         try:
             graph = _Graph(trace.paddings).build_dependency(traced, example_inputs=(example_input,), verbose=False)
-        except Exception as error:
-            first_line = next(iter(str(error).splitlines()), "no message")
+            graph.map_paddings()
+            elements = _connect(graph, traced)
+        except Exception as error:  # whatever the network's own code raises, and Torch-Pruning of what it can't follow
             raise StructureError(
-                f"the dependencies of {type(model).__name__} can't be traced: {type(error).__name__}: {first_line}"
+                f"the dependencies of {type(model).__name__} can't be traced: "
+                f"{type(error).__name__}: {_first_line(error)}"
             ) from error
-        graph.map_paddings()
-        elements = _connect(graph, traced)
-    return _collect(traced, elements, trace.rank)
+    groups, locked = _collect(traced, elements, trace.rank)
+    return groups, [*locked, *_uncalled(traced, {layer for group in (*groups, *locked) for layer in group.layers})]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no message")
+
+
+def _uncalled(model: nn.Module, written: Set[str]) -> list[LockedGroup]:
+    """Return the layers that are not in `written`, so that none goes unlisted."""
+    reason = "the network does not call it as a module when it runs on the example input"
+    return [
+        LockedGroup(name, "channels", _width(module), (name,), reason)
+        for name, module in model.named_modules()
+        if isinstance(module, _LAYERS) and name not in written
+    ]
 
 
 # -- tracing ----------------------------------------------------------------------------------------------------------
@@ -91,6 +117,16 @@ class _Padding:
     left: int
     width: int
     owner: str | None
+
+    def place(self, index: int) -> "_Channel | None":
+        """Return which tensor holds an output channel: a constant's belongs to the padding, the others have none."""
+        if self.left <= index < self.left + self.channels:
+            return None
+        if self.owner is None:
+            return ("", f"{_BLOCKED}their number is fixed by a call of `pad` in the network's code"), index
+        if index < self.left:
+            return (self.owner, "left"), index
+        return (self.owner, "right"), index - self.left - self.channels
 
 
 @dataclass(slots=True)
@@ -186,7 +222,9 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]  # Torch-Pruning has no 
 
 # -- elements ---------------------------------------------------------------------------------------------------------
 
-_Side = tuple[str, str]  # a tensor's owner, and its side: "out", "in", "left", "right", "param:DIM", "blocked:REASON"
+_Side = tuple[
+    str, str
+]  # a tensor's owner, and its side: "out", "in", "left", "right", "param:DIM", or "blocked:REASON"
 _Channel = tuple[_Side, int]
 
 
@@ -212,49 +250,57 @@ def _connect(graph: _Graph, model: nn.Module) -> list[list[_Channel]]:
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
     channels = _UnionFind()
 
-    def side(dependency: Any, index: int) -> _Channel | None:
+    def places(dependency: Any, indices: list[int]) -> list[_Channel | None]:
         node, module = dependency.target, dependency.target.module
         padding = graph.padding(node)
         if padding is not None and module not in names:
-            if padding.left <= index < padding.left + padding.channels:
-                return None
-            if padding.owner is None:
-                return ("", "blocked:their number is fixed by a call of `pad` in the network's code"), index
-            if index < padding.left:
-                return (padding.owner, "left"), index
-            return (padding.owner, "right"), index - padding.left - padding.channels
+            return [padding.place(index) for index in indices]
         if isinstance(module, nn.Parameter):
-            return (parameters[id(module)], f"param:{node.pruning_dim % module.dim()}"), index
-        if module not in names:
-            return None  # an operator without tensors
-        name = names[module]
-        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) and module.groups > 1:
-            if module.groups == module.in_channels == module.out_channels:
-                return (name, "out"), index
-            return (name, f"blocked:`{name}` is a grouped convolution, whose channels can't leave one by one"), index
-        if isinstance(module, _PER_CHANNEL):
-            return (name, "out"), index
-        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, nn.Embedding)):
-            return (name, "out" if graph.is_out_channel_pruning_fn(dependency.handler) else "in"), index
-        return (name, f"blocked:`{name}` is a {type(module).__name__}, which can't be sliced"), index
+            side = parameters[id(module)], f"param:{node.pruning_dim % module.dim()}"
+        elif module not in names or (isinstance(module, nn.PReLU) and module.num_parameters == 1):
+            return [None] * len(indices)  # an operator without a tensor of channels
+        else:
+            writes = graph.is_out_channel_pruning_fn(dependency.handler)
+            side = names[module], _which_side(module, names[module], writes)
+        return [(side, index) for index in indices]
 
     for module in list(graph.module2node):
-        if not isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)):
+        if not isinstance(module, _LAYERS):
             continue
-        size = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-        if all(((names[module], "out"), index) in channels.parent for index in range(size)):
+        written = [((names[module], "out"), index) for index in range(_width(module))]
+        if all(channel in channels.parent for channel in written):
             continue  # every channel came with an earlier layer's
         write = graph.get_pruner_of_module(module).prune_out_channels
-        group = graph.get_pruning_group(module, write, list(range(size)))
-        for item in group:
-            for index, root in zip(item.idxs, item.root_idxs, strict=True):
-                channel = side(item.dep, index)
+        for item in graph.get_pruning_group(module, write, list(range(len(written)))):
+            for root, channel in zip(item.root_idxs, places(item.dep, item.idxs), strict=True):
                 if channel is not None:
-                    channels.union(((names[module], "out"), root), channel)
+                    channels.union(written[root], channel)
     elements: dict[_Channel, list[_Channel]] = defaultdict(list)
     for channel in channels.parent:
         elements[channels.find(channel)].append(channel)
     return list(elements.values())
+
+
+def _width(layer: nn.Module) -> int:
+    """Return how many channels a layer writes."""
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
+
+
+def _which_side(module: nn.Module, name: str, writes: bool) -> str:
+    """Return which side of a module holds the channels that a dependency names, or why they can't be sliced."""
+    own = {key for key, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+    for key in _TENSORS:
+        if key not in own and getattr(module, key, None) is not None:
+            return f"{_BLOCKED}the {key} of `{name}` is computed from other tensors"
+    if isinstance(module, _PER_CHANNEL):
+        return "out"
+    if not isinstance(module, (*_LAYERS, nn.Embedding)):
+        return f"{_BLOCKED}`{name}` is a {type(module).__name__}, which can't be sliced"
+    if getattr(module, "groups", 1) == 1:
+        return "out" if writes else "in"
+    if module.groups == module.in_channels == module.out_channels:
+        return "out"
+    return f"{_BLOCKED}`{name}` is a grouped convolution, whose channels can't leave one by one"
 
 
 def _collect(
@@ -264,8 +310,7 @@ def _collect(
     modules = dict(model.named_modules())
 
     def writes(side: _Side) -> bool:
-        module = modules.get(side[0])
-        return side[1] == "out" and isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear, nn.Embedding))
+        return side[1] == "out" and isinstance(modules.get(side[0]), (*_LAYERS, nn.Embedding))
 
     def order(side: _Side) -> tuple[int, str]:
         return rank.get(side[0], len(rank)), side[0]
@@ -280,39 +325,48 @@ def _collect(
 
     groups: list[Group] = []
     locked: list[LockedGroup] = []
-    taken: set[str] = set()
-    by_execution = sorted(alike.items(), key=lambda item: min(order(side) for side, _ in item[0] if writes(side)))
-    for signature, members in by_execution:
-        sides = sorted((side for side, _ in signature), key=order)
+    namesakes: Counter[str] = Counter()
+    for members in sorted(alike.values(), key=lambda members: min(order(side) for side in members[0] if writes(side))):
+        sides = sorted(members[0], key=order)
         layers = tuple(side[0] for side in sides if writes(side))
         readers = tuple(side[0] for side in sides if side[1] == "in")
-        members.sort(key=lambda places: places[(layers[0], "out")])  # noqa: B023 - sorted at once
-        twins = sum(name.partition("#")[0] == layers[0] for name in taken)
-        name = f"{layers[0]}#{twins + 1}" if twins else layers[0]
-        taken.add(name)
-        blocked = [side[1].removeprefix("blocked:") for side in sides if side[1].startswith("blocked:")]
-        if blocked:
-            locked.append(LockedGroup(name, "channels", len(members), layers, blocked[0]))
+        namesakes[layers[0]] += 1
+        name = layers[0] if namesakes[layers[0]] == 1 else f"{layers[0]}#{namesakes[layers[0]]}"
+        reasons = [side[1].removeprefix(_BLOCKED) for side in sides if side[1].startswith(_BLOCKED)]
+        if reasons:
+            locked.append(LockedGroup(name, "channels", len(members), layers, reasons[0]))
             continue
-        slices = tuple(s for side in sides for s in _slices(modules, side, [places[side] for places in members]))
-        groups.append(Group(name, "channels", len(members), slices, layers, readers))
+        in_order = sorted(members, key=itemgetter((layers[0], "out")))
+        slices = [s for side in sides for s in _slices(model, side, [places[side] for places in in_order])]
+        groups.append(Group(name, "channels", len(members), _distinct(slices), layers, readers))
     return groups, locked
 
 
-def _slices(modules: dict[str, nn.Module], side: _Side, indices: list[list[int]]) -> list[Slice]:
+def _slices(model: nn.Module, side: _Side, indices: list[list[int]]) -> list[Slice]:
     """Return the tensors, with their dimensions, that one side of one module stands for."""
-    name, which = side
+    owner, which = side
     positions = torch.tensor(indices, dtype=torch.int64)
-    prefix = f"{name}." if name else ""
     if which.startswith("param:"):
-        return [Slice(name, int(which.removeprefix("param:")), positions, "written")]
+        return [Slice(owner, int(which.removeprefix("param:")), positions, "written")]
+    module = model.get_submodule(owner)
     if which in ("left", "right"):
-        return [Slice(prefix + which, 0, positions, "written")]
-    module = modules[name]
-    role: Role = "read" if which == "in" else "written"
-    if isinstance(module, _PER_CHANNEL):
-        tensors = [(t, 0) for t in ("weight", "bias", "running_mean", "running_var")]
+        dims = {which: 0}
+    elif isinstance(module, _PER_CHANNEL):
+        dims = dict.fromkeys(_TENSORS, 0)
     else:
         flipped = isinstance(module, (*_TRANSPOSED, nn.Embedding)) and getattr(module, "groups", 1) == 1
-        tensors = [("weight", int((which == "in") != flipped))] + ([("bias", 0)] if which == "out" else [])
-    return [Slice(prefix + t, dim, positions, role) for t, dim in tensors if getattr(module, t, None) is not None]
+        dims = {"weight": int((which == "in") != flipped)} | ({"bias": 0} if which == "out" else {})
+    role: Role = "read" if which == "in" else "written"
+    first_names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    tensors = ((getattr(module, key, None), dim) for key, dim in dims.items())
+    return [Slice(first_names[id(tensor)], dim, positions, role) for tensor, dim in tensors if tensor is not None]
+
+
+def _distinct(slices: list[Slice]) -> tuple[Slice, ...]:
+    """Leave out repetitions, which layers that share a tensor make."""
+    distinct: list[Slice] = []
+    for part in slices:
+        same = (o for o in distinct if (o.tensor, o.dim, o.role) == (part.tensor, part.dim, part.role))
+        if not any(torch.equal(other.positions, part.positions) for other in same):
+            distinct.append(part)
+    return tuple(distinct)

@@ -66,16 +66,23 @@ def select(model: nn.Module, kept: Kept) -> nn.Module:
         kept: What stays; tensors not named stay whole.
     """
     memo: dict[int, object] = {}
+    shrunk: set[int] = set()
     with torch.no_grad():
         for name, tensor in _tensors(model).items():
             small = tensor.detach()
             for dim, indices in kept.get(name, {}).items():
                 small = small.index_select(dim, indices.to(small.device))
             small = small.clone() if small.data_ptr() == tensor.data_ptr() else small.contiguous()
-            memo[id(tensor)] = nn.Parameter(small, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
+            if isinstance(tensor, nn.Parameter):
+                small = nn.Parameter(small, tensor.requires_grad)
+            memo[id(tensor)] = small
+            if name in kept:
+                shrunk.add(id(small))
         smaller = copy.deepcopy(model, memo)
-    for name in {tensor.rpartition(".")[0] for tensor in kept}:
-        _refresh_sizes(smaller.get_submodule(name))
+    for module in smaller.modules():
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if any(id(tensor) in shrunk for tensor in own):
+            _refresh_sizes(module)
     return smaller
 
 

@@ -1,0 +1,652 @@
+"""The command line: reads options, calls the library, prints. What a command does is elsewhere."""
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, final
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+import autoprune
+from autoprune import bounds, data, export, models, registry
+from autoprune.cost import count
+from autoprune.errors import AutopruneError, ConfigError, RunError, WeightsError
+from autoprune.evaluation import measure
+from autoprune.finetuning import Recipe, train
+from autoprune.progress import Progress, Silent
+from autoprune.run import RunFolder
+from autoprune.search import Prepared, SearchResult, open_run, prepare
+from autoprune.seeds import derive
+from autoprune.sensitivity import SPARSITIES, Cell, GroupSensitivity, SensitivityReport
+from autoprune.sensitivity import analyse as analyse_sensitivity
+from autoprune.settings import SearchSettings
+from autoprune.structure import Structure
+from autoprune.task import Task, load_task
+from autoprune.threads import suited_threads
+
+__all__ = ["app", "main", "watching"]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(autoprune.__version__)
+        raise typer.Exit
+
+
+app = typer.Typer(
+    help="Find how much to remove from each layer of a trained PyTorch network, prove it, and get the smaller network.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+_INTERRUPTED = 130  # what typer exits with at Ctrl-C
+
+# -- options that several commands share --------------------------------------------------------------------------
+
+_TASK = "The task"
+TaskFile = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="FILE:FUNCTION",
+        help="Your own network and data: a function that returns an autoprune.Task.",
+        rich_help_panel=_TASK,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help=f"A named network: {', '.join(models.names())}, or torchvision:NAME. For digits the default is resnet8.",
+        rich_help_panel=_TASK,
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help=f"A named data set: {', '.join(data.names())}. The default, digits, ships with scikit-learn.",
+        rich_help_panel=_TASK,
+    ),
+]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="The folder that torchvision's data set lies in.", rich_help_panel=_TASK)
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="The trained weights (.safetensors, .pt, .th). Without them a network for digits is trained on the spot.",
+        rich_help_panel=_TASK,
+    ),
+]
+Download = Annotated[bool, typer.Option("--download", help="Let torchvision fetch the data.", rich_help_panel=_TASK)]
+ValFraction = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the training samples cut off for validation; by default a tenth, of digits a quarter.",
+        rich_help_panel=_TASK,
+    ),
+]
+SplitSeed = Annotated[int, typer.Option(help="Seed of that cut.", rich_help_panel=_TASK)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines, as in a pipe, and fewer of them.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Criterion = Annotated[str, typer.Option(help=f"How elements are ranked: {', '.join(registry.names('criterion'))}.")]
+Calibration = Annotated[int, typer.Option(help="Augmented training images for the batch-norm statistics.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a search.", show_default=False)]
+
+
+def _source(
+    task: str | None,
+    model: str | None,
+    data_name: str | None,
+    data_root: Path | None,
+    weights: Path | None,
+    download: bool,
+    val_fraction: float | None,
+    split_seed: int,
+) -> dict[str, Any]:
+    """Return how the task was named, as it is kept in `config.json`."""
+    if task is not None:
+        named = {"--model": model, "--data": data_name, "--data-root": data_root, "--weights": weights}
+        given = [option for option, value in named.items() if value is not None]
+        if given:
+            raise ConfigError(f"--task brings network and data; leave out {', '.join(given)}")
+        return {"task": _absolute(task)}
+    data_name = data_name or "digits"
+    model = model or ("resnet8" if data_name == "digits" else None)
+    if model is None:
+        raise ConfigError(f"no network is named for {data_name}; give --model, for example --model resnet20")
+    return {
+        "model": model,
+        "data": data_name,
+        "data_root": None if data_root is None else str(data_root.resolve()),
+        "weights": None if weights is None else str(weights.resolve()),
+        "download": download,
+        "val_fraction": val_fraction,
+        "split_seed": split_seed,
+    }
+
+
+def _absolute(task: str) -> str:
+    file, colon, function = task.rpartition(":")
+    return f"{Path(file).resolve()}{colon}{function}" if colon else task
+
+
+def _task(source: dict[str, Any], *, baseline: Path | None, progress: Progress) -> Task:
+    """Make the task that a source names; for digits, train its network on the spot where no weights are given."""
+    if "task" in source:
+        return load_task(source["task"])
+    options = {key: source[key] for key in ("download", "val_fraction", "split_seed")}
+    task = Task.named(source["model"], source["data"], root=source["data_root"], weights=source["weights"], **options)
+    if source["weights"] is not None:
+        return task
+    if source["data"] != "digits":
+        raise WeightsError(
+            f"a search starts from a trained network; give --weights FILE, or make one: "
+            f"autoprune train --model {source['model']} --data {source['data']} --out {source['model']}.safetensors"
+        )
+    if baseline is not None and baseline.exists():
+        return Task.named(source["model"], source["data"], weights=baseline, **options)
+    model = _trained(task, epochs=20, lr=0.1, batch_size=64, seed=0, progress=progress)
+    trained = Task.named(source["model"], source["data"], model=model, **options)
+    if baseline is not None:
+        RunFolder(baseline.parent).create()
+        models.save_weights(model, baseline)
+    return trained
+
+
+def _trained(task: Task, *, epochs: int, lr: float, batch_size: int, seed: int, progress: Progress) -> Any:
+    model = task.fresh_model()
+    steps = epochs * max(1, task.n_train // batch_size)
+    progress.begin("training the dense network", steps)
+    recipe = Recipe(lr=lr, batch_size=batch_size)
+    batches = task.train_batches(batch_size, derive(seed, "baseline"))
+
+    def step(done: int, loss: float) -> None:
+        progress.step(done, f"loss {loss:.3f}")
+
+    with suited_threads(count(model, task.example_input).cost.macs):
+        train(model, batches, steps, recipe=recipe, loss=task.loss, seed=derive(seed, "baseline"), progress=step)
+    progress.end()
+    return model
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# -- commands -----------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: `autoprune search --budget 'macs<=50%' --candidates 40 --out runs/digits`")
+def search(
+    out: Annotated[Path, typer.Option(help="The run folder; a search that was stopped goes on in it.")],
+    task: TaskFile = None,
+    model: Model = None,
+    data_name: Data = None,
+    data_root: DataRoot = None,
+    weights: Weights = None,
+    download: Download = False,
+    val_fraction: ValFraction = None,
+    split_seed: SplitSeed = 0,
+    budget: Annotated[
+        str | None, typer.Option(help="Upper limits, such as 'macs<=50%', 'macs<=20M,params<=0.4'.")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest tolerated loss of accuracy (0.01 is a point); without a budget: the cheapest within it."
+        ),
+    ] = None,
+    agent: Annotated[str, typer.Option(help=f"What proposes policies: {', '.join(registry.names('agent'))}.")] = "tpe",
+    space: Annotated[
+        str, typer.Option(help=f"What has a ratio of its own: {', '.join(registry.names('search space'))}.")
+    ] = "group",
+    candidates: Annotated[int, typer.Option(help="Distinct policies that the agent may have evaluated.")] = 60,
+    control: Annotated[
+        int | None, typer.Option(help="Random policies evaluated as a control; by default a tenth of the candidates.")
+    ] = None,
+    finetune_steps: Annotated[int, typer.Option(help="Gradient steps of short fine-tuning for every candidate.")] = 50,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning.")] = 0.02,
+    calibration_images: Calibration = 2000,
+    criterion: Criterion = "l1",
+    sensitivity: Annotated[
+        str, typer.Option(help="Sparsities at which every group is measured first; empty for none.")
+    ] = "0.25,0.5,0.75",
+    max_sparsity: Annotated[float, typer.Option(help="Highest sparsity of any group.")] = 0.9,
+    bounds_file: Annotated[
+        Path | None, typer.Option("--bounds", help="A TOML table [groups] that locks or bounds single groups.")
+    ] = None,
+    reuse: Annotated[
+        Path | None, typer.Option(help="A sensitivity report to start from; its cells are not measured again.")
+    ] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which nothing new is evaluated.")] = None,
+    seed: Seed = 0,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print groups, bounds and the widths of the uniform policy, and evaluate nothing."
+        ),
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Search layer-wise sparsities, and leave the picked network, the report and every candidate in a folder."""
+    settings: dict[str, Any] = {
+        "budget": budget,
+        "max_drop": max_drop,
+        "space": space,
+        "candidates": candidates,
+        "control": control,
+        "finetune_steps": finetune_steps,
+        "lr": lr,
+        "calibration_images": calibration_images,
+        "criterion": criterion,
+        "sensitivity": _numbers(sensitivity),
+        "max_sparsity": max_sparsity,
+        "bounds": {} if bounds_file is None else bounds.read_bounds(bounds_file),
+        "time_limit": time_limit,
+        "seed": seed,
+    }
+    options = SearchSettings.of({**settings, "agent": agent})  # refuses what is wrong before anything is loaded
+    registry.resolve("agent", agent)
+    source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)
+    with watching(quiet) as progress:
+        work = _task(source, baseline=None if dry_run else RunFolder(out).baseline, progress=progress)
+        if dry_run:
+            _print_widths(prepare(work, options))
+            return
+        result = autoprune.search(work, out=out, agent=agent, progress=progress, source=source, reuse=reuse, **settings)
+    _print_result(result)
+    if as_json:
+        _print_json(result.to_dict())
+
+
+@app.command(epilog="Example: `autoprune sensitivity --out sensitivity.json`")
+def sensitivity(
+    out: Annotated[Path, typer.Option(help="The report's file; cells that it holds are not measured again.")],
+    task: TaskFile = None,
+    model: Model = None,
+    data_name: Data = None,
+    data_root: DataRoot = None,
+    weights: Weights = None,
+    download: Download = False,
+    val_fraction: ValFraction = None,
+    split_seed: SplitSeed = 0,
+    sparsities: Annotated[str, typer.Option(help="The grid, in (0, 1).")] = ",".join(map(str, SPARSITIES)),
+    criterion: Criterion = "l1",
+    calibration_images: Calibration = 2000,
+    shard: Annotated[
+        str, typer.Option(help="i/n: measure every n-th cell from the i-th; merge the files afterwards.")
+    ] = "1/1",
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="Files to merge into --out, instead of measuring; repeat it.")
+    ] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure each group alone at several sparsities, the others dense."""
+    if merge:
+        report = SensitivityReport.load(merge[0])
+        for file in merge[1:]:
+            report = report.merge(SensitivityReport.load(file))
+        RunFolder(out.parent).create()
+        report.save(out)
+    else:
+        settings = SearchSettings(criterion=criterion, calibration_images=calibration_images, seed=seed)
+        source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)
+        RunFolder(out.parent).create()
+        with watching(quiet) as progress:
+            work = _task(source, baseline=out.with_suffix(".baseline.safetensors"), progress=progress)
+            prepared = prepare(work, settings)
+            grid = _numbers(sparsities)
+            progress.begin("sensitivity", len(prepared.structure) * len(grid))
+            report = analyse_sensitivity(
+                prepared.bench,
+                prepared.costs,
+                out,
+                sparsities=grid,
+                settings=settings.measured_with,
+                evidence=prepared.evidence,
+                shard=_shard(shard),
+                progress=lambda group, done, _: progress.step(done, group),
+            )
+            progress.end()
+    _print_sensitivity(report)
+    _out.print(f"report: {out}")
+    if as_json:
+        _print_json(report.to_dict())
+
+
+@app.command(epilog="Example: `autoprune pick runs/digits --max-drop 0.02`")
+def pick(
+    run: Run,
+    max_drop: Annotated[float | None, typer.Option(help="The cheapest candidate that loses no more accuracy.")] = None,
+    budget: Annotated[str | None, typer.Option(help="The most accurate candidate within these limits.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Pick another candidate of a finished search, and save its network to RUN/pruned."""
+    result = _reopened(run)
+    result.choose(result.pick(max_drop=max_drop, budget=budget))
+    _print_result(result)
+    if as_json:
+        _print_json(result.to_dict())
+
+
+@app.command(epilog="Example: `autoprune finalize runs/digits --epochs 10`")
+def finalize(
+    run: Run,
+    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 10,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune the picked network fully, read the test set once, and save the network to RUN/pruned."""
+    with watching(quiet) as progress:
+        result = _reopened(run)
+        progress.begin(f"fine-tuning for {epochs} epochs", 0)
+        network = result.finalize(epochs, progress=lambda done, loss: progress.step(done, f"loss {loss:.3f}"))
+        progress.end()
+    final = RunFolder(run).read(RunFolder(run).final)
+    table = Table("", "validation", "test", box=None, pad_edge=False)
+    test, dense_test = (final.get(key, {}).get("accuracy") for key in ("test", "dense_test"))
+    table.add_row("dense", f"{result.dense['accuracy']:.2%}", "-" if dense_test is None else f"{dense_test:.2%}")
+    table.add_row("pruned", f"{network.accuracy:.2%}", "-" if test is None else f"{test:.2%}")
+    _out.print(table)
+    _out.print(f"network: {RunFolder(run).pruned}\nreport:  {RunFolder(run).report}", soft_wrap=True)
+    if as_json:
+        _print_json(final)
+
+
+@app.command(epilog="Example: `autoprune report runs/digits`")
+def report(run: Run) -> None:
+    """Write RUN/report.html anew from the files of the run."""
+    from autoprune.report import write_report  # loads plotly
+
+    _out.print(f"report: {write_report(run)}", soft_wrap=True)
+
+
+@app.command(epilog="Example: `autoprune evaluate runs/digits/pruned --data digits`")
+def evaluate(
+    pruned: Annotated[
+        Path, typer.Argument(metavar="PRUNED", help="A saved network, such as RUN/pruned.", show_default=False)
+    ],
+    task: TaskFile = None,
+    data_name: Data = None,
+    data_root: DataRoot = None,
+    download: Download = False,
+    val_fraction: ValFraction = None,
+    split_seed: SplitSeed = 0,
+    as_json: Json = False,
+) -> None:
+    """Load a saved network and measure it on the validation split, beside what was recorded when it was saved."""
+    recipe = export.recipe_of(pruned)
+    if task is not None:
+        work = load_task(task)
+        model = autoprune.load(pruned, build=work.fresh_model)
+    else:
+        model = autoprune.load(pruned)
+        name = recipe["model"]["name"]
+        work = Task.named(
+            name,
+            data_name or "digits",
+            root=data_root,
+            download=download,
+            val_fraction=val_fraction,
+            split_seed=split_seed,
+            model=model,
+        )
+    started = time.perf_counter()
+    found = measure(model, work.val_batches(500), work.metric, work.loss).summary("loaded")
+    seconds = time.perf_counter() - started
+    recorded = recipe["measured"]
+    _out.print(
+        f"accuracy {found.accuracy:.4f} ± {found.accuracy_se:.4f} on {work.n_val} samples in {seconds:.1f} s\n"
+        f"recorded {recorded['accuracy']:.4f} ({recorded['fidelity']}); "
+        f"{recorded['macs']:,} MACs, {recorded['params']:,} parameters"
+    )
+    if as_json:
+        _print_json(
+            {
+                "accuracy": found.accuracy,
+                "accuracy_se": found.accuracy_se,
+                "loss": found.loss,
+                "recorded": recorded["accuracy"],
+            }
+        )
+
+
+@app.command(
+    "train", epilog="Example: `autoprune train --model lenet-5 --data digits --epochs 10 --out lenet.safetensors`"
+)
+def train_command(
+    out: Annotated[Path, typer.Option(help="Where the weights go (.safetensors).")],
+    model: Model = None,
+    data_name: Data = None,
+    data_root: DataRoot = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights to start from.", rich_help_panel=_TASK)] = None,
+    download: Download = False,
+    val_fraction: ValFraction = None,
+    split_seed: SplitSeed = 0,
+    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 20,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 128,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Train a dense baseline, on the training split without the validation samples."""
+    source = _source(None, model, data_name, data_root, weights, download, val_fraction, split_seed)
+    if epochs < 1 or batch_size < 1 or not lr > 0:
+        raise ConfigError(
+            f"`epochs >= 1`, `batch_size >= 1` and `lr > 0` must hold, but got {epochs}, {batch_size} and {lr}"
+        )
+    RunFolder(out.parent).create()
+    options = {key: source[key] for key in ("weights", "download", "val_fraction", "split_seed")}
+    with watching(quiet) as progress:
+        task = Task.named(source["model"], source["data"], root=source["data_root"], **options)
+        network = _trained(task, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, progress=progress)
+    models.save_weights(network, out)
+    found = measure(network, task.val_batches(500), task.metric, task.loss).summary("dense")
+    _out.print(
+        f"accuracy {found.accuracy:.4f} ± {found.accuracy_se:.4f} on {task.n_val} validation samples\nweights: {out}",
+        soft_wrap=True,
+    )
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(f"can't read {text!r} as numbers separated by commas, such as 0.25,0.5,0.75") from error
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit()):
+        raise ConfigError(f"a shard is written i/n, such as 1/4, but got {text!r}")
+    return int(index) - 1, int(count)
+
+
+def _reopened(run: Path) -> SearchResult:
+    folder = RunFolder(run)
+    source = folder.read(folder.config)["source"]
+    if source is None:
+        raise RunError(f"{run} was searched from Python objects; open it there: autoprune.open_run({str(run)!r}, task)")
+    return open_run(run, _task(source, baseline=folder.baseline, progress=Silent()))
+
+
+# -- showing ------------------------------------------------------------------------------------------------------
+
+
+@final
+class _Lines:
+    """Plain lines on standard error; quietly, only those that matter."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._stage, self._total, self._shown = "", 0, 0.0
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        _err.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def begin(self, stage: str, total: int) -> None:
+        self._stage, self._total, self._shown = stage, total, time.monotonic()
+        self.line(f"{stage} ({total} steps)" if total else stage)
+
+    def step(self, done: int, text: str) -> None:
+        if not self._quiet and time.monotonic() - self._shown >= 2:
+            self._shown = time.monotonic()
+            self.line(f"{self._stage} {done}{f'/{self._total}' if self._total else ''}: {text}")
+
+    def end(self) -> None:
+        pass
+
+
+@final
+class _Bar:
+    """A progress bar on a terminal."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = RichProgress(*columns, TextColumn("{task.fields[said]}"), console=_err)
+        self._task: Any = None
+
+    def __enter__(self) -> "_Bar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def line(self, text: str) -> None:
+        self._bar.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def begin(self, stage: str, total: int) -> None:
+        self._task = self._bar.add_task(stage, total=total or None, said="")
+
+    def step(self, done: int, text: str) -> None:
+        self._bar.update(self._task, completed=done, said=text)
+
+    def end(self) -> None:
+        task = next(t for t in self._bar.tasks if t.id == self._task)
+        self._bar.update(self._task, completed=task.total or task.completed, total=task.total or task.completed)
+
+
+def watching(quiet: bool) -> _Lines | _Bar:
+    """Return a context that shows progress on standard error: a bar on a terminal, else lines."""
+    return _Bar() if _err.is_terminal and not quiet else _Lines(quiet)
+
+
+def _print_result(result: SearchResult) -> None:
+    summary, folder = result.summary, RunFolder(result.run)
+    dense, picked = summary["dense"], summary["picked"]
+    table = Table("", "accuracy", "MACs", "of dense", "parameters", "of dense", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = [
+        ("dense", dense),
+        ("uniform at this cost", summary["uniform"]),
+        (f"best of {summary['random']['size']} random", summary["random"]["best"]),
+    ]
+    for name, row in [*rows, (f"picked ({picked['fidelity']})", picked)]:
+        if row is not None:
+            table.add_row(
+                name,
+                f"{row['accuracy']:.2%} ± {row['accuracy_se']:.2%}",
+                f"{row['macs']:,}",
+                f"{row['macs'] / dense['macs']:.1%}",
+                f"{row['params']:,}",
+                f"{row['params'] / dense['params']:.1%}",
+            )
+    _out.print(table)
+    _out.print(
+        f"picked: {picked['rule']}, of {summary['evaluations']} evaluated in {summary['seconds']:.0f} s",
+        highlight=False,
+    )
+    places = {"network": folder.pruned, "report": folder.report, "ledger": folder.ledger}
+    if folder.tracking.exists():
+        places["MLflow"] = folder.read(folder.tracking)["location"]
+    for name, place in places.items():
+        _out.print(f"{name + ':':<9}{place}", soft_wrap=True, highlight=False)
+
+
+def _print_sensitivity(report: SensitivityReport) -> None:
+    measured = sorted({round(c.sparsity, 2) for g in report.groups for c in g.cells})
+    grid = measured if len(measured) <= 9 else list(SPARSITIES)
+    table = Table("group", "size", *(f"{s:.0%}" for s in grid), box=None, pad_edge=False)
+    for group in (g for g in report.groups if g.cells):
+        table.add_row(group.name, str(group.size), *(f"{_nearest(group, s).accuracy:.1%}" for s in grid))
+    _out.print(f"accuracy of the dense network: {report.dense.accuracy:.2%} ± {report.dense.accuracy_se:.2%}")
+    _out.print(table)
+    for group in (g for g in report.groups if not g.prunable):
+        _out.print(f"locked: {group.name} ({group.reason})", highlight=False)
+
+
+def _nearest(group: GroupSensitivity, sparsity: float) -> Cell:
+    return min(group.cells, key=lambda cell: abs(cell.sparsity - sparsity))
+
+
+def _print_widths(prepared: Prepared) -> None:
+    structure: Structure = prepared.structure
+    feasible = prepared.feasible
+    uniform = feasible.project(feasible.lower / feasible.sizes)
+    table = Table("group", "dense", "smallest", "largest", "uniform at the budget", "layers", box=None, pad_edge=False)
+    for group, low, high, removed in zip(structure, feasible.lower, feasible.upper, uniform, strict=True):
+        widths = (group.size, group.size - high, group.size - low, group.size - removed)
+        table.add_row(group.name, *map(str, widths), str(len(group.layers)))
+    _out.print(table)
+    for locked in structure.locked:
+        _out.print(f"locked: {locked.name} ({locked.reason})", highlight=False)
+    cost = prepared.costs.cost(uniform)
+    _out.print(f"uniform: {cost.macs:,} MACs, {cost.params:,} parameters", highlight=False)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document) + "\n")
+
+
+def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _err.print(f"warning: {message}", soft_wrap=True, markup=False, highlight=False)
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is one line, without a traceback."""
+    warnings.showwarning = _one_line_warning
+    try:
+        app()
+    except AutopruneError as error:
+        _err.print(f"error: {error}", soft_wrap=True, markup=False, highlight=False)
+        sys.exit(2)
+    except SystemExit as leaving:
+        if leaving.code == _INTERRUPTED:
+            _err.print("stopped; what was measured is on disk, and the same command goes on from there", soft_wrap=True)
+        raise

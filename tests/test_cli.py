@@ -1,0 +1,269 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.main import get_command
+
+import autoprune
+from autoprune import cli, models
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--candidates", "3", "--control", "1", "--finetune-steps", "2", "--calibration-images", "200"]
+SEARCH = ["search", "--budget", "macs<=40%", "--sensitivity", "0.5", *QUICK]
+
+
+def run(*arguments: str) -> int:
+    """Run the command line in this process and return what it exits with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["autoprune", *arguments])
+        patch.setattr("warnings.showwarning", None)  # the command sets its own
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+    return int(leaving.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def weights(folder: Path) -> Path:
+    """A network for the digits, trained just enough to be above 0."""
+    path = folder / "weights.safetensors"
+    assert run("train", "--epochs", "2", "--out", str(path), "--quiet") == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, weights: Path) -> tuple[Path, dict[str, Any]]:
+    """A search that is done, and the last line that it printed."""
+    out = folder / "run"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "DO_NOT_TRACK": "true"}
+    command = [str(Path(sys.executable).parent / "autoprune"), *SEARCH, "--weights", str(weights), "--out", str(out)]
+    done = subprocess.run([*command, "--json"], env=environment, capture_output=True, text=True, check=True, cwd=folder)
+    return out, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_search_leaves_every_file_and_prints_one_object(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, printed = finished
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "sensitivity.json", "ledger.jsonl", "front.json", "report.html", "result.json"} <= names
+    assert {"model.safetensors", "recipe.json", "program.pt2"} == {path.name for path in (out / "pruned").iterdir()}
+    assert set(printed) == {"dense", "candidates", "front", "picked", "run"}
+    assert set(printed["dense"]) == {"accuracy", "macs", "params"}
+    assert set(printed["picked"]) == {"policy", "accuracy", "macs", "params", "fidelity"}
+    assert printed["candidates"] == 3
+    assert printed["picked"]["macs"] <= 0.4 * printed["dense"]["macs"]
+    assert printed["run"] == str(out)
+
+
+def test_the_saved_network_measures_what_was_recorded(
+    finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, printed = finished
+    assert run("evaluate", str(out / "pruned"), "--data", "digits", "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["accuracy"] == found["recorded"] == printed["picked"]["accuracy"]
+
+
+def test_a_finished_search_is_not_searched_again(
+    finished: tuple[Path, dict[str, Any]], weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, printed = finished
+    before = (out / "ledger.jsonl").read_bytes()
+    assert run(*SEARCH, "--weights", str(weights), "--out", str(out), "--json") == 0
+    captured = capsys.readouterr()
+    assert "holds this search's result already" in captured.err
+    assert json.loads(captured.out.splitlines()[-1]) == printed
+    assert (out / "ledger.jsonl").read_bytes() == before
+
+
+def test_another_search_in_the_same_folder_is_refused(
+    finished: tuple[Path, dict[str, Any]], weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = finished
+    assert run(*SEARCH, "--seed", "1", "--weights", str(weights), "--out", str(out)) == 2
+    assert "its seed is 0, not 1" in capsys.readouterr().err
+
+
+def test_pick_report_and_finalize(finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = finished
+    assert run("pick", str(out), "--budget", "macs<=40%,params<=90%", "--json") == 0
+    picked = json.loads(capsys.readouterr().out.splitlines()[-1])["picked"]
+    recipe = json.loads((out / "pruned" / "recipe.json").read_text())
+    assert recipe["measured"]["policy"] == picked["policy"]
+    (out / "report.html").unlink()
+    assert run("report", str(out)) == 0
+    assert (out / "report.html").stat().st_size > 1_000_000  # plotly is inside
+    capsys.readouterr()
+    assert run("finalize", str(out), "--epochs", "1", "--json") == 0
+    final = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert final["epochs"] == 1
+    assert 0 < final["test"]["accuracy"] <= 1
+    assert json.loads((out / "pruned" / "recipe.json").read_text())["measured"]["fidelity"] == "full"
+    assert run("finalize", str(out), "--epochs", "1") == 2
+    assert "the test set is read once" in capsys.readouterr().err
+
+
+def test_sensitivity_shards_merge_and_serve_a_search(
+    folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["sensitivity", "--weights", str(weights), "--sparsities", "0.5", "--calibration-images", "200"]
+    parts = [folder / f"part{i}.json" for i in (1, 2)]
+    for index, part in enumerate(parts, 1):
+        assert run(*common, "--shard", f"{index}/2", "--out", str(part)) == 0
+    whole = folder / "whole.json"
+    assert run("sensitivity", *(f"--merge={part}" for part in parts), "--out", str(whole)) == 0
+    cells = {g["name"]: len(g["cells"]) for g in json.loads(whole.read_text())["groups"] if g["prunable"]}
+    assert set(cells.values()) == {1}
+    assert "its elements are the network's output" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_widths_and_evaluates_nothing(
+    folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = folder / "bounds.toml"
+    limits.write_text('[groups]\nconv1 = {lock = true}\n"layer3.*" = {min = 0.5}\n')
+    out = folder / "dry"
+    arguments = ["--weights", str(weights), "--bounds", str(limits), "--out", str(out), "--dry-run"]
+    assert run(*SEARCH, *arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    widths = {line.split()[0]: line.split()[1:5] for line in lines if re.match(r"(conv|layer)", line)}
+    assert widths["conv1"] == ["16", "16", "16", "16"]
+    assert widths["layer3.0.conv1"][:3] == ["64", "6", "32"]
+    assert not out.exists()
+
+
+def test_a_task_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = f"{ROOT / 'examples' / 'own_model.py'}:make_task"
+    assert run("search", "--task", task, "--budget", "macs<=50%", "--out", str(folder / "own"), "--dry-run") == 0
+    assert "inner" in capsys.readouterr().out
+    assert run("search", "--task", task, "--data", "digits", "--budget", "macs<=50%", "--out", "x") == 2
+    assert "leave out --data" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(180)
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(folder: Path, weights: Path) -> None:
+    out = folder / "stopped"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "DO_NOT_TRACK": "true"}
+    command = [str(Path(sys.executable).parent / "autoprune"), *SEARCH, "--weights", str(weights), "--out", str(out)]
+    options: dict[str, Any] = {"env": environment, "cwd": folder, "text": True}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, **options)
+    ledger = out / "ledger.jsonl"
+    deadline = time.monotonic() + 100
+    while not (ledger.exists() and ledger.read_text().count("\n")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    before = ledger.read_text().splitlines()
+    assert not (out / "result.json").exists()
+    done = subprocess.run(command, capture_output=True, check=True, **options)
+    assert f"going on with {out}" in done.stderr
+    after = ledger.read_text().splitlines()
+    assert after[: len(before)] == before
+    ids = [json.loads(line)["id"] for line in after]
+    assert len(ids) == len(set(ids))
+
+
+WRONG = {
+    "agent": (["--agent", "tpee"], "Did you mean 'tpe'?"),
+    "criterion": (["--criterion", "l3"], "Did you mean"),
+    "space": (["--space", "groups"], "Did you mean 'group'?"),
+    "model": (["--model", "resnet-20"], "Did you mean 'resnet20'?"),
+    "data": (["--data", "cifar11", "--model", "resnet20"], "Did you mean 'cifar10'?"),
+    "data root": (["--data", "cifar10", "--model", "resnet20"], "--data-root"),
+    "missing data": (["--data", "mnist", "--model", "lenet-5", "--data-root", "nowhere"], "--download"),
+    "no weights": (["--data", "cifar10", "--model", "resnet20", "--data-root", "nowhere"], "--download"),
+    "missing weights": (["--weights", "nowhere.pt"], "there is no weights file"),
+    "budget": (["--budget", "macs<50"], "macs<=50%"),
+    "budget metric": (["--budget", "mac<=50%"], "Did you mean 'macs'?"),
+    "impossible budget": (["--budget", "macs<=0.1%"], "raise the budget"),
+    "sparsity of 1": (["--max-sparsity", "1.0"], "`0 < max_sparsity < 1` must hold"),
+    "measured sparsity": (["--sensitivity", "0.5,1.0"], "`0 < sparsity < 1` must hold"),
+    "empty split": (["--val-fraction", "0.0001"], "val"),
+    "task": (["--task", "nothing.py:make"], "nothing.py"),
+    "bounds": (["--bounds", "nothing.toml"], "nothing.toml"),
+    "no aim": (["--max-drop", "1.5"], "0.01 is one point"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_is_one_line_with_the_way_out(
+    case: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, hint = WRONG[case]
+    base = [] if "--budget" in arguments else ["--budget", "macs<=50%"]
+    known = {"--weights", "--data", "--model", "--task"} & set(arguments)
+    base += [] if known else ["--weights", str(weights)]
+    assert run("search", *base, *arguments, *QUICK, "--out", str(tmp_path / "out")) == 2
+    errors = capsys.readouterr().err
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert hint in last
+    assert "Traceback" not in errors
+
+
+def test_weights_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models.save_weights(models.build("lenet-5", in_channels=1, input_size=8), tmp_path / "other.safetensors")
+    assert run("search", "--budget", "macs<=50%", "--weights", "other.safetensors", "--out", "out") == 2
+    assert re.search(r"error: .*conv1", capsys.readouterr().err)
+
+
+def test_an_accuracy_of_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = models.build("lenet-300-100", in_channels=1, input_size=8)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))  # no class is ever the largest
+    models.save_weights(model, tmp_path / "nan.safetensors")
+    arguments = ["--model", "lenet-300-100", "--weights", "nan.safetensors", "--out", "out"]
+    assert run("search", "--budget", "macs<=50%", *arguments) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_model_that_fails_on_its_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "task.py").write_text(
+        "import torch, autoprune as ap\n"
+        "def make():\n"
+        "    data = (torch.randn(20, 3, 8, 8), torch.zeros(20, dtype=torch.int64))\n"
+        "    return ap.Task(torch.nn.Linear(7, 2), train=data)\n"
+    )
+    assert run("search", "--task", "task.py:make", "--budget", "macs<=50%", "--out", "out") == 2
+    errors = capsys.readouterr().err
+    assert "error: " in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_an_unwritable_folder(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert run(*SEARCH, "--weights", str(weights), "--out", str(tmp_path / "file" / "run")) == 2
+    assert "name another folder with --out" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("pick", "finalize", "report"):
+        assert run(command, str(tmp_path)) == 2
+        assert "error: " in capsys.readouterr().err
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]  # the app has several commands
+    assert set(commands) == {"search", "sensitivity", "pick", "finalize", "report", "evaluate", "train"}
+    for name in commands:
+        assert run(name, "--help") == 0
+        assert f"autoprune {name}" in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip() == autoprune.__version__
