@@ -15,8 +15,8 @@ Where it differs, because a search has tens of episodes where the paper has 800,
 * Warm-up episodes follow the warm starts and then random points of the search space, which fill the budget, where
   uniform actions leave most of it unused. The warm-up is a third of the evaluations (paper: an eighth of the episodes).
 * The actor learns at 1e-3 (paper: 1e-4), twice a decision, and first makes up for the decisions of the warm-up.
-* Exploration shrinks to a fiftieth over the whole search (paper: 0.95 an episode), and doubles while the agent repeats
-  policies that are known already.
+* Exploration shrinks to a fiftieth over the whole search (paper: 0.95 an episode), but not below half an element, where
+  it would change nothing; it doubles while the agent repeats policies that are known already.
 """
 
 import statistics
@@ -67,7 +67,7 @@ class AMCAgent:
         self,
         *,
         warmup: int | None = None,
-        sigma: float = 0.3,
+        sigma: float = 0.5,
         updates: int = 2,
         actor_lr: float = 1e-3,
         critic_lr: float = 1e-3,
@@ -122,7 +122,9 @@ class AMCAgent:
             terminated = False
             while not terminated:
                 preferred, _ = learner.predict(observation, deterministic=True)
-                action = truncated_normal(float(preferred[0]), sigma * repeated, rng)
+                low, high = env.interval
+                half_an_element = 1 / max(1, high - low)
+                action = truncated_normal(float(preferred[0]), max(sigma, half_an_element) * repeated, rng)
                 after, reward, terminated, _, info = env.step(action)
                 learner.remember(observation, action, reward, terminated, after)
                 observation = after
@@ -209,6 +211,7 @@ class _LentGenerators:
     """The global generators of numpy and torch, lent to Stable-Baselines3, which has no others to draw from.
 
     In between they have the state that everyone else left them in, so neither side's numbers depend on the other's.
+    The borrower has one thread: networks this small are many times slower on several, which wait for each other.
     """
 
     def __init__(self, seed: int) -> None:
@@ -219,11 +222,14 @@ class _LentGenerators:
     def lent(self) -> Iterator[None]:
         """Put the borrower's state in place, and the owner's back."""
         numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - it is lent
+        threads = torch.get_num_threads()
         np.random.set_state(self._numpy)  # noqa: NPY002
         torch.set_rng_state(self._torch)
+        torch.set_num_threads(1)
         try:
             yield
         finally:
             self._numpy, self._torch = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
             np.random.set_state(numpy_state)  # noqa: NPY002
             torch.set_rng_state(torch_state)
+            torch.set_num_threads(threads)

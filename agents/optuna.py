@@ -6,7 +6,7 @@ what came of the very point that was asked, and a candidate that failed is told 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
@@ -79,13 +79,13 @@ class NSGA2Agent:
 def _optimise(
     env: PruningEnv,
     sampler: BaseSampler,
-    directions: Sequence[str],
+    directions: Sequence[Literal["maximize", "minimize"]],
     values: Callable[[Candidate], Sequence[float]],
 ) -> None:
     """Ask, evaluate and tell until `SearchOver`; the warm starts are asked first."""
     dimensions: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in env.space.dimensions}
     with _quiet():
-        study = optuna.create_study(sampler=sampler, directions=list(directions))
+        study = optuna.create_study(sampler=sampler, directions=directions)
         for policy in env.warm_starts:
             study.enqueue_trial(dict(zip(dimensions, env.space.encode(policy), strict=True)))
         while True:

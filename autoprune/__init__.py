@@ -5,7 +5,8 @@ from autoprune.evaluation import Candidate
 from autoprune.export import load
 from autoprune.finaliser import PrunedNetwork
 from autoprune.policy import Policy
-from autoprune.search import SearchResult, open_run, search
+from autoprune.result import SearchResult, open_run
+from autoprune.search import search
 from autoprune.settings import SearchSettings
 from autoprune.task import Task
 

@@ -36,9 +36,8 @@ def read_bounds(path: str | Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"can't read the groups' bounds from {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
-    table = document.get("groups")
-    is_table = isinstance(table, dict) and all(isinstance(line, dict) for line in table.values())
-    if not is_table or set(document) != {"groups"}:
+    table = document.pop("groups", None)
+    if document or not isinstance(table, dict) or not all(isinstance(line, dict) for line in table.values()):
         raise ConfigError(
             f"{path} must hold one table [groups], with lines such as conv1 = {{lock = true}} or conv2 = {{max = 0.8}}"
         )

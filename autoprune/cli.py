@@ -19,9 +19,10 @@ from autoprune.cost import count
 from autoprune.errors import AutopruneError, ConfigError, RunError, WeightsError
 from autoprune.evaluation import measure
 from autoprune.finetuning import Recipe, train
+from autoprune.preparation import Prepared, prepare
 from autoprune.progress import Progress, Silent
+from autoprune.result import SearchResult, open_run
 from autoprune.run import RunFolder
-from autoprune.search import Prepared, SearchResult, open_run, prepare
 from autoprune.seeds import derive
 from autoprune.sensitivity import SPARSITIES, Cell, GroupSensitivity, SensitivityReport
 from autoprune.sensitivity import analyse as analyse_sensitivity

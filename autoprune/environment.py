@@ -109,7 +109,7 @@ def _facts(layer: nn.Module, shape: torch.Size) -> LayerFacts:
 class Observation(NamedTuple):
     """The features of the group that is decided next, each in [0, 1]; their meaning is in `PruningEnv`'s table."""
 
-    index: float
+    position: float
     kind: float
     outputs: float
     inputs: float
@@ -149,7 +149,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
 
     | Index | Name | Meaning | Min | Max |
     |---|---|---|---|---|
-    | 0 | index | Position of the group, divided by the number of groups | 0 | 1 |
+    | 0 | position | Index of the group, divided by the number of groups | 0 | 1 |
     | 1 | kind | 0: its first layer is a convolution, 1: it is linear | 0 | 1 |
     | 2 | outputs | Channels that go out of its first layer, relative to the largest group's | 0 | 1 |
     | 3 | inputs | Channels that come into its first layer, likewise | 0 | 1 |
@@ -167,7 +167,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
     | 15 | rest | Cost that this group and those to come can remove | 0 | 1 |
     | 16 | last | Sparsity of the group before; 0 at the first | 0 | 1 |
 
-    The observation that ends an episode has index 1, features 1 to 10, 12, 13 and 15 zero, and the others as usual.
+    The observation that ends an episode has position 1, features 1 to 10, 12, 13 and 15 zero, and the others as usual.
 
     ## Rewards
     0 until the last group; then the value of the evaluated candidate, `worst` if it failed.
@@ -280,7 +280,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
             raise ResetNeeded("the episode has ended, or never began: call `reset` before `step`")
         if not self.action_space.contains(np.asarray(action, dtype=np.float32)):
             raise ConfigError(f"an action is one number in [-1, 1], but got {np.asarray(action).tolist()}")
-        low, high = self._interval()
+        low, high = self.interval
         decided = self._groups[self._next]
         self._removed[self._next] = round(low + (float(action[0]) + 1) / 2 * (high - low))
         info = {"group": decided.name, "removed": int(self._removed[self._next]), "saturated": low == high}
@@ -293,22 +293,24 @@ class PruningEnv(gymnasium.Env[Array, Array]):
             reward = self.value(candidate)
         return self._observation(), reward, terminated, False, info
 
+    @property
+    def interval(self) -> tuple[int, int]:
+        """The fewest and the most elements that the group that is decided next may lose; -1 and 1 as actions."""
+        return self.feasible.interval(self._removed, self._next, np.arange(len(self._groups)) >= self._next)
+
     def action_for(self, policy: Policy) -> Array:
         """Return the action that takes what a policy says from the group that is decided next, or the nearest to it."""
-        low, high = self._interval()
+        low, high = self.interval
         wanted = self.feasible.removed(policy)[self._next]
         share = (wanted - low) / (high - low) if high > low else 0.0
         return np.array([min(1.0, max(-1.0, 2 * share - 1))], dtype=np.float32)
-
-    def _interval(self) -> tuple[int, int]:
-        return self.feasible.interval(self._removed, self._next, np.arange(len(self._groups)) >= self._next)
 
     def _observation(self) -> Array:
         undecided = np.arange(len(self._groups)) >= self._next
         most_expensive = self.feasible.utilisation(np.where(undecided, self.feasible.lower, self._removed))
         cheapest = self.feasible.utilisation(np.where(undecided, self.feasible.upper, self._removed))
         changing = {
-            "index": self._next / len(self._groups),
+            "position": self._next / len(self._groups),
             "target": min(1.0, 1 / self._dense),
             "reduced": 1 - most_expensive / self._dense,
             "rest": (most_expensive - cheapest) / self._dense,
@@ -318,7 +320,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
             features = Observation(**dict.fromkeys(Observation._fields, 0.0) | changing)
         else:
             size = self._groups[self._next].size
-            low, high = self._interval()
+            low, high = self.interval
             features = Observation(**self._constant[self._next] | changing, fewest=low / size, most=high / size)
         return np.clip(np.array(features, dtype=np.float32), 0.0, 1.0)  # rounding errors only: all are shares
 
@@ -329,7 +331,7 @@ def _constant_features(
     """Return, for each group, the features that no decision changes."""
     groups = feasible.structure.groups
     facts = [layers.get(group.name, _NO_FACTS) for group in groups]
-    columns = {
+    columns: dict[str, list[float]] = {
         "outputs": [fact.outputs for fact in facts],
         "inputs": [fact.inputs for fact in facts],
         "height": [fact.height for fact in facts],

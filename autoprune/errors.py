@@ -13,6 +13,7 @@
     │   ├── WeightsError                   weights that don't fit the network
     │   └── TestSetError                   the test set was asked for by other than the finaliser, or twice
     ├── StructureError (RuntimeError)      the network's dependencies could not be found
+    ├── DivergedError (FloatingPointError) a loss is not finite
     ├── RunError (RuntimeError)            a run's folder can't be written, or holds something else
     └── SearchOver                         not an error: tells an agent that its evaluations are spent
 
@@ -31,6 +32,7 @@ __all__ = [
     "AutopruneWarning",
     "BudgetError",
     "ConfigError",
+    "DivergedError",
     "InfeasibleBudgetError",
     "NoEffectWarning",
     "PolicyError",
@@ -98,6 +100,10 @@ class TestSetError(TaskError):
 
 class StructureError(AutopruneError, RuntimeError):
     """The network's dependencies could not be found."""
+
+
+class DivergedError(AutopruneError, FloatingPointError):
+    """A loss is not finite; a search records the candidate as failed and goes on."""
 
 
 class RunError(AutopruneError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The search: the one loop that joins analyzer, space, agent and evaluator, and the result that it leaves.
+"""The search: the one loop that joins analyzer, space, agent and evaluator.
 
 Everything it does is written to the run folder as it happens, so that the same call goes on where a killed one stopped:
 sensitivity cells and candidates that are there are not measured again, and the agent is run again from its seed,
@@ -8,227 +8,56 @@ answered from the ledger.
 import contextlib
 import dataclasses
 import importlib.metadata
-import math
 import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from autoprune import registry
-from autoprune.bounds import parse_bounds
-from autoprune.cost import Budget, Cost, CostModel, FeasibleSet, Limit
+from autoprune.cost import Budget, FeasibleSet, Limit
 from autoprune.errors import (
     ConfigError,
+    DivergedError,
     RecalibrationWarning,
-    RunError,
     SearchOver,
     TaskError,
-    UncountedOperatorWarning,
 )
-from autoprune.evaluation import Arm, Candidate, Evaluator, Ledger, Measurement, Workbench
+from autoprune.evaluation import TIME_LIMIT, Arm, Candidate, Evaluator, Measurement
 from autoprune.finaliser import PrunedNetwork
-from autoprune.finetuning import DivergedError
-from autoprune.pareto import front, hypervolume, pick
 from autoprune.policy import Policy
+from autoprune.preparation import Prepared, evaluator_of, prepare
 from autoprune.progress import Progress, Silent
+from autoprune.result import (
+    SearchResult,
+    measured,
+    pick_from,
+    point_of,
+    predicted,
+    rebuild,
+    record_of,
+    render,
+    uniform_at,
+    write_front,
+)
 from autoprune.run import FORMAT, RunFolder, write_json
-from autoprune.scoring import Evidence, removal_orders
 from autoprune.seeds import derive
 from autoprune.sensitivity import SensitivityReport, conditions
 from autoprune.sensitivity import analyse as analyse_sensitivity
 from autoprune.settings import SearchSettings
-from autoprune.structure import Structure
-from autoprune.structure import analyse as analyse_structure
 from autoprune.task import Task
-from autoprune.threads import suited_threads
 from autoprune.tracking import MLflowTracker, Tracker
 
 if TYPE_CHECKING:
     from autoprune.environment import PruningEnv
 
-__all__ = ["Prepared", "SearchResult", "open_run", "prepare", "search"]
+__all__ = ["search"]
 
 _CLEAR_LOSS = 0.005  # accuracy that the pipeline may cost the dense network without a warning
 _ALONE = 0.3  # accuracy that a group may lose alone, before fine-tuning, and still be searched that far
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
-    """A task made ready to search: what can be removed, in which order, at what price.
-
-    Attributes:
-        task: What the user brought.
-        settings: How to search.
-        structure: The groups.
-        costs: Prices policies.
-        feasible: The policies that meet the budget within the user's bounds.
-        bench: The network and its data.
-        evidence: What criteria may look at.
-    """
-
-    task: Task
-    settings: SearchSettings
-    structure: Structure
-    costs: CostModel
-    feasible: FeasibleSet
-    bench: Workbench
-    evidence: Evidence
-
-
-def prepare(task: Task, settings: SearchSettings) -> Prepared:
-    """Find a task's groups, score their elements and price policies; nothing is evaluated.
-
-    Raises:
-        StructureError: The network's dependencies can't be traced.
-        InfeasibleBudgetError: No policy within the bounds meets the budget.
-        ConfigError: A bound or name is wrong.
-    """
-    structure = analyse_structure(task.model, task.example_input, seed=derive(settings.seed, "proof"))
-    if not len(structure):
-        reasons = (
-            "; ".join(f"{group.name}: {group.reason}" for group in structure.locked) or "no convolution or linear layer"
-        )
-        raise TaskError(f"nothing in {task.name} can be pruned ({reasons})")
-    costs = CostModel(task.model, task.example_input, structure)
-    if costs.unknown:
-        listed = ", ".join(f"{name} ({times} times)" for name, times in costs.unknown.items())
-        warnings.warn(
-            f"the MACs leave out operators that are not known: {listed}", UncountedOperatorWarning, stacklevel=2
-        )
-    bounds = parse_bounds(settings.bounds, structure, settings.max_sparsity)
-    feasible = FeasibleSet.build(structure, costs, settings.limits, bounds, settings.max_sparsity)
-    batches = list(
-        task.calibration_batches(min(1000, settings.calibration_images), 250, derive(settings.seed, "scoring"))
-    )
-    evidence = Evidence(batches, task.loss, derive(settings.seed, "scores"))
-    criterion = registry.resolve("criterion", settings.criterion)()
-    with suited_threads(costs.dense.macs):
-        scores = criterion.score(task.fresh_model().eval(), structure, evidence)
-    bench = Workbench(task, structure, removal_orders(scores), settings.calibration_images, settings.seed)
-    return Prepared(task, settings, structure, costs, feasible, bench, evidence)
-
-
-class SearchResult:
-    """What a search found.
-
-    Args:
-        run: The folder.
-        prepared: The task.
-        evaluator: Holds the ledger.
-        summary: The contents of `result.json`.
-
-    Attributes:
-        run: The folder's path.
-        dense: Accuracy and cost of the dense network.
-        picked: The candidate that the search itself picked, by the budget or the drop it was given.
-        candidates: Everything evaluated, controls included, in order.
-    """
-
-    def __init__(self, run: RunFolder, prepared: Prepared, evaluator: Evaluator, summary: Mapping[str, Any]) -> None:
-        self.run = run.path
-        self.dense: Mapping[str, Any] = summary["dense"]
-        self.summary = summary
-        self._folder = run
-        self._prepared = prepared
-        self._evaluator = evaluator
-
-    @property
-    def candidates(self) -> tuple[Candidate, ...]:
-        """Everything evaluated, controls included, in order."""
-        return tuple(self._evaluator.ledger)
-
-    @property
-    def front(self) -> list[Candidate]:
-        """The candidates that no other beats in accuracy, MACs and parameters at once, cheapest first."""
-        return front(_measured(self._evaluator.ledger))
-
-    def pick(self, *, max_drop: float | None = None, budget: str | None = None) -> PrunedNetwork:
-        """Return one of the candidates as a network, rebuilt and measured again.
-
-        Args:
-            max_drop: The cheapest candidate that loses no more accuracy than this.
-            budget: The most accurate candidate within these limits; with `max_drop`, both must hold. With neither, the
-                search's own budget or drop decides; if it had none, the knee of the front.
-
-        Raises:
-            ConfigError: No candidate qualifies.
-        """
-        if max_drop is None and budget is None:
-            max_drop, budget = self._prepared.settings.max_drop, self._prepared.settings.budget
-        return self.network(*_pick(self._evaluator, self.dense, max_drop, budget))
-
-    def network(self, candidate: Candidate, rule: str = "chosen by hand") -> PrunedNetwork:
-        """Return any candidate of this search as a network, rebuilt and measured again.
-
-        Raises:
-            RunError: It does not measure what the ledger says.
-        """
-        return _rebuild(self._evaluator, candidate, rule)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result in short, as `autoprune search --json` prints it."""
-        picked = self.summary["picked"]
-        return {
-            "dense": {key: self.dense[key] for key in ("accuracy", "macs", "params")},
-            "candidates": self.summary["candidates"],
-            "front": [_point(candidate) for candidate in self.front],
-            "picked": {key: picked[key] for key in ("policy", "accuracy", "macs", "params", "fidelity")},
-            "run": str(self.run),
-        }
-
-    def choose(self, network: PrunedNetwork) -> None:
-        """Make a network of this search the picked one: save it to `pruned/`, and renew result and report."""
-        chosen = network.candidate
-        uniform = _uniform_at(self._prepared, self._evaluator, chosen.cost)
-        self.summary = {
-            **self.summary,
-            "evaluations": len(self._evaluator.ledger),
-            "picked": _point(chosen) | {"removed": dict(chosen.removed), "rule": network.rule},
-            "uniform": None if uniform is None else _point(uniform),
-            "predicted": _predicted(self._folder, chosen),
-        }
-        network.save(self._folder.pruned)
-        _write_front(self._folder, self._evaluator)
-        write_json(self._folder.result, self.summary)
-        self.report()
-
-    def finalize(self, epochs: int = 10, *, progress: Callable[[int, float], None] | None = None) -> PrunedNetwork:
-        """Fine-tune the picked network fully, read the test set once, save the network and write `final.json`.
-
-        Args:
-            epochs: Passes over the training split.
-            progress: Called after every step with the steps done and the step's loss.
-
-        Raises:
-            RunError: The search was finalised before: the test set is read once.
-        """
-        if self._folder.final.exists():
-            raise RunError(
-                f"{self.run} was finalised before, and the test set is read once; "
-                f"its numbers are in {self._folder.final}"
-            )
-        picked = self.summary["picked"]
-        chosen = self._evaluator.ledger.get(picked["id"])
-        if chosen is None:
-            raise RunError(f"the picked candidate {picked['id']} is not in the ledger of {self.run}")
-        network = _rebuild(self._evaluator, chosen, picked["rule"]).finetune(epochs, progress=progress)
-        network.save(self._folder.pruned)
-        final: dict[str, Any] = {"epochs": epochs, "val": _measurement(network.measured)}
-        if self._prepared.task.n_test:
-            test, dense_test = network.test()
-            final |= {"test": _measurement(test), "dense_test": _measurement(dense_test)}
-        write_json(self._folder.final, final)
-        self.report()
-        return network
-
-    def report(self) -> Path:
-        """Write `report.html` and return its path."""
-        return _report(self._folder)
 
 
 def search(
@@ -286,10 +115,12 @@ def search(
     }
     going_on = folder.claim(config, ("digest", "measures", "search"))
     prepared = prepare(task, options)
-    evaluator = _evaluator(prepared, folder)
+    evaluator = evaluator_of(prepared, folder)
     if going_on and folder.result.exists():
-        watcher.line(f"{folder.path} holds this search's result already")
-        return SearchResult(folder, prepared, evaluator, folder.read(folder.result))
+        summary = folder.read(folder.result)
+        if summary["stopped"] != TIME_LIMIT:
+            watcher.line(f"{folder.path} holds this search's result already")
+            return SearchResult(folder, prepared, evaluator, summary)
     if going_on:
         watcher.line(f"going on with {folder.path}: {len(evaluator.ledger)} candidates are there")
     if reuse is not None and not folder.sensitivity.exists():
@@ -299,25 +130,6 @@ def search(
     job = _Search(prepared, evaluator, folder, watcher, started)
     log = tracker or MLflowTracker(experiment="autoprune", run_name=folder.path.name, parent_run_id=_parent_run(folder))
     return job.run(searcher, log)
-
-
-def open_run(path: str | Path, task: Task) -> SearchResult:
-    """Return the result of a finished search.
-
-    Args:
-        path: Its folder.
-        task: The task that it was made with.
-
-    Raises:
-        RunError: The folder holds no finished search, or one of another task.
-    """
-    folder = RunFolder(path)
-    config, summary = folder.read(folder.config), folder.read(folder.result)
-    for what, digest in task.digest().items():
-        if config["digest"].get(what) != digest:
-            raise RunError(f"{folder.path} was searched with another {what} than this task has; open it with its own")
-    prepared = prepare(task, SearchSettings.of(config["search"]))
-    return SearchResult(folder, prepared, _evaluator(prepared, folder), summary)
 
 
 class _Search:
@@ -437,7 +249,7 @@ class _Search:
     def search(self, agent: Any, sensitivity: SensitivityReport | None, dense: Measurement) -> Arm:
         """Evaluate the controls, then run the agent until its evaluations are spent."""
         several = agent.objectives == "several" or self.settings.budget is None
-        spend = (0.0, 1.0) if several else (1.0, 1.0)
+        spend, shares = ((0.0, 1.0), (0.5, 0.75, 0.25)) if several else ((1.0, 1.0), (1.0,))
         controls = self.settings.control_size
         count = 1 + controls + self.settings.candidates
         self.progress.begin("search", count)
@@ -450,6 +262,7 @@ class _Search:
                 if candidate.id not in self.logged:
                     self.logged.add(candidate.id)
                     self.tracker.candidate(candidate)
+                    self._note_tracking()
                     if candidate.failure is None:
                         best.append(max([*best[-1:], value(candidate)]))
                     self.progress.step(len(self.logged), self._said(candidate, best))
@@ -468,12 +281,19 @@ class _Search:
         _until_over(plain, environment, derive(self.settings.seed, "control"))
         feasible = self._within(sensitivity)
         space = registry.resolve("search space", self.settings.space)(feasible, spend=spend)
-        environment = self._environment(feasible, space, watched(arm), value, self.settings.candidates, sensitivity)
+        environment = self._environment(
+            feasible, space, watched(arm), value, self.settings.candidates, sensitivity, shares
+        )
         _until_over(agent, environment, derive(self.settings.seed, "agent"))
         self.progress.end()
         if arm.stopped is not None:
             self.progress.line(f"stopped after {len(arm.candidates)} of {arm.limit} candidates: {arm.stopped}")
         return arm
+
+    def _note_tracking(self) -> None:
+        """Write down where the search is logged, once that is known, so that a resumed one goes on there."""
+        if self.tracker.run_id is not None and not self.folder.tracking.exists():
+            write_json(self.folder.tracking, {"run_id": self.tracker.run_id, "location": self.tracker.location})
 
     def _environment(
         self,
@@ -483,6 +303,7 @@ class _Search:
         value: Callable[[Candidate], float],
         evaluations: int,
         sensitivity: SensitivityReport | None,
+        shares: Sequence[float] = (1.0,),
     ) -> "PruningEnv":
         from autoprune.environment import PruningEnv, layer_facts  # loads gymnasium
 
@@ -490,7 +311,7 @@ class _Search:
         warm_starts: list[Policy] = []
         slopes: dict[str, float] = {}
         if sensitivity is not None:
-            warm_starts = [sensitivity.allocate(feasible), sensitivity.threshold(feasible), self._uniform(1.0)]
+            warm_starts = [start for share in shares for start in self._warm_starts(feasible, sensitivity, share)]
             slopes = {name: sensitivity.slope(name) for name in structure.names}
         return PruningEnv(
             feasible,
@@ -503,6 +324,15 @@ class _Search:
             slopes=slopes,
             worst=0.0 if self.settings.max_drop is None else -1.0,
         )
+
+    def _warm_starts(self, feasible: FeasibleSet, sensitivity: SensitivityReport, share: float) -> list[Policy]:
+        """Return what the curves suggest, and uniform, at a share of the budget; nothing where it can't be reached."""
+        limits = feasible.budget.limits or (Limit("macs", 1.0, relative=True),)
+        less = Budget(tuple(dataclasses.replace(limit, value=share * limit.value) for limit in limits))
+        within = dataclasses.replace(feasible, budget=less)
+        if within.utilisation(within.upper) > 1:
+            return []
+        return [sensitivity.allocate(within), sensitivity.threshold(within), self._uniform(share)]
 
     def _value(self, dense: Measurement) -> Callable[[Candidate], float]:
         """Return what an agent with one objective is to raise.
@@ -543,20 +373,20 @@ class _Search:
     def conclude(self, arm: Arm, dense: Measurement) -> tuple[dict[str, Any], PrunedNetwork]:
         """Pick, compare with the controls at the same cost, rebuild, save and report."""
         costs, ledger = self.prepared.costs, self.evaluator.ledger
-        dense_record = _measurement(dense) | costs.dense.to_dict()
+        dense_record = record_of(dense) | costs.dense.to_dict()
         known = -1
         while known < len(ledger):  # uniform at the picked one's cost may be the better pick
             known = len(ledger)
-            chosen, rule = _pick(
+            chosen, rule = pick_from(
                 self.evaluator, dense_record, self.settings.max_drop, self.settings.budget, fall_back=True
             )
-            uniform = _uniform_at(self.prepared, self.evaluator, chosen.cost)
+            uniform = uniform_at(self.prepared, self.evaluator, chosen.cost)
         for candidate in ledger:
             if candidate.id not in self.logged:
                 self.tracker.candidate(candidate)
-        picked = _rebuild(self.evaluator, chosen, rule)
+        picked = rebuild(self.evaluator, chosen, rule)
         randoms = [c for c in ledger if c.arm == "random"]
-        best_random = max((c for c in _measured(randoms)), key=lambda c: c.accuracy, default=None)
+        best_random = max((c for c in measured(randoms)), key=lambda c: c.accuracy, default=None)
         summary = {
             "agent": self.settings.agent,
             "evaluations": len(ledger),
@@ -566,15 +396,15 @@ class _Search:
             "dense": dense_record,
             "budget": self.settings.budget,
             "max_drop": self.settings.max_drop,
-            "picked": _point(chosen) | {"removed": dict(chosen.removed), "rule": rule},
-            "uniform": None if uniform is None else _point(uniform),
-            "random": {"size": len(randoms), "best": None if best_random is None else _point(best_random)},
-            "predicted": _predicted(self.folder, chosen),
+            "picked": point_of(chosen) | {"removed": dict(chosen.removed), "rule": rule},
+            "uniform": None if uniform is None else point_of(uniform),
+            "random": {"size": len(randoms), "best": None if best_random is None else point_of(best_random)},
+            "predicted": predicted(self.folder, chosen),
         }
-        _write_front(self.folder, self.evaluator)
+        write_front(self.folder, self.evaluator)
         picked.save(self.folder.pruned)
         write_json(self.folder.result, summary)
-        _report(self.folder)
+        render(self.folder)
         return summary, picked
 
     # -- words ----------------------------------------------------------------------------------------------------
@@ -598,113 +428,9 @@ class _Search:
         return f"{candidate.agent} {result} at {macs:.1%} of the MACs{top}"
 
 
-def _evaluator(prepared: Prepared, folder: RunFolder) -> Evaluator:
-    return Evaluator(
-        prepared.bench, prepared.costs, prepared.settings.recovery, Ledger(folder.ledger), prepared.settings.seed
-    )
-
-
 def _until_over(agent: Any, environment: "PruningEnv", seed: int) -> None:
     with contextlib.suppress(SearchOver):
         agent.run(environment, seed=seed)
-
-
-def _measured(candidates: Any) -> list[Candidate]:
-    return [candidate for candidate in candidates if candidate.failure is None]
-
-
-def _pick(
-    evaluator: Evaluator,
-    dense: Mapping[str, Any],
-    max_drop: float | None,
-    budget: str | None,
-    *,
-    fall_back: bool = False,
-) -> tuple[Candidate, str]:
-    limits = Budget.parse(budget)
-    dense_cost = evaluator.costs.dense
-    measured = _measured(evaluator.ledger)
-    fits = None if budget is None else lambda candidate: limits.utilisation(candidate.cost, dense_cost) <= 1
-    text = str(limits)
-    try:
-        return pick(measured, max_drop=max_drop, dense_accuracy=dense["accuracy"], fits=fits, budget_text=text)
-    except ConfigError:
-        if not (fall_back and measured and max_drop is not None):
-            raise
-    nearest = [candidate for candidate in measured if fits is None or fits(candidate)] or measured
-    return max(nearest, key=lambda c: c.accuracy), f"most accurate found; none is within a drop of {max_drop:g}"
-
-
-def _write_front(folder: RunFolder, evaluator: Evaluator) -> None:
-    dense = evaluator.costs.dense
-    reference = {"accuracy": 0.0, "macs": dense.macs, "params": dense.params}
-    members = front(_measured(evaluator.ledger))
-    write_json(
-        folder.front,
-        {
-            "objectives": ["accuracy", "macs", "params"],
-            "reference": reference,
-            "hypervolume": hypervolume(members, reference),
-            "points": [_point(candidate) for candidate in members],
-        },
-    )
-
-
-def _uniform_at(prepared: Prepared, evaluator: Evaluator, cost: Cost) -> Candidate | None:
-    """Evaluate the uniform policy that has no more multiply-adds than a cost, and as little less as can be."""
-    limit = Budget((Limit("macs", float(cost.macs), relative=False),))
-    same = dataclasses.replace(prepared.feasible, budget=limit)
-    policy = same.policy(same.project(np.zeros(len(same.structure))))
-    candidate = evaluator.evaluate(policy, arm="uniform", agent="uniform")
-    return candidate if candidate.failure is None else None
-
-
-def _predicted(folder: RunFolder, chosen: Candidate) -> dict[str, float] | None:
-    """Return what the one-group curves predict for a policy, and how far the joint measurement is from it."""
-    recalibrated = chosen.at("recalibrated")
-    if recalibrated is None or not folder.sensitivity.exists():
-        return None
-    accuracy = SensitivityReport.load(folder.sensitivity).predicted_accuracy(chosen.removed)
-    return {"accuracy": accuracy, "gap": recalibrated.accuracy - accuracy}
-
-
-def _rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNetwork:
-    model, measurements = evaluator.recovered(candidate.policy)
-    again = measurements[-1].accuracy
-    if not math.isclose(again, candidate.accuracy, abs_tol=2 * candidate.accuracy_se + 1e-9):
-        raise RunError(
-            f"candidate {candidate.id} was measured at {candidate.accuracy:.4f}, but its network, rebuilt from its "
-            f"seed, at {again:.4f}; is this the same data, machine and version?"
-        )
-    return PrunedNetwork(evaluator, candidate, model, measurements[-1], rule)
-
-
-def _point(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "id": candidate.id,
-        "arm": candidate.arm,
-        "policy": dict(candidate.policy),
-        "accuracy": candidate.accuracy,
-        "accuracy_se": candidate.accuracy_se,
-        **candidate.cost.to_dict(),
-        "fidelity": candidate.fidelity,
-    }
-
-
-def _measurement(measurement: Measurement) -> dict[str, Any]:
-    return {
-        "accuracy": measurement.accuracy,
-        "accuracy_se": measurement.accuracy_se,
-        "loss": measurement.loss,
-        "loss_se": measurement.loss_se,
-    }
-
-
-def _report(folder: RunFolder) -> Path:
-    from autoprune.report import figure_files, write_report  # loads plotly
-
-    figure_files(folder.path, folder.figures)
-    return write_report(folder.path)
 
 
 def _parent_run(folder: RunFolder) -> str | None:

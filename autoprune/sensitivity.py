@@ -7,6 +7,7 @@ costs its new cells only, and another budget costs nothing.
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -196,11 +197,11 @@ class SensitivityReport:
                     )
 
     def curve(self, group: str) -> Curve:
-        """Return a group's curve; one without cells is flat, which claims nothing."""
-        row = self[group]
-        removed = np.array([0.0, *(c.removed for c in row.cells)])
-        loss = np.maximum.accumulate([self.dense.loss, *(c.loss for c in row.cells)])
-        drop = np.maximum.accumulate([0.0, *(self.dense.accuracy - c.accuracy for c in row.cells)])
+        """Return a group's curve, without cells that diverged; where none are left it is flat: no claim."""
+        cells = [cell for cell in self[group].cells if math.isfinite(cell.loss)]
+        removed = np.array([0.0, *(c.removed for c in cells)])
+        loss = np.maximum.accumulate([self.dense.loss, *(c.loss for c in cells)])
+        drop = np.maximum.accumulate([0.0, *(self.dense.accuracy - c.accuracy for c in cells)])
         hull = _lower_hull(removed, loss)
         return Curve(removed, np.interp(removed, removed[hull], loss[hull]), drop)
 
@@ -230,7 +231,8 @@ class SensitivityReport:
         """Return the policy that meets a budget at the least predicted loss, if groups did not interact.
 
         Greedy on convex curves with exact costs: the group that adds the least loss for what it saves goes on, in
-        steps of a sixteenth of it, until the budget is met. No evaluation.
+        steps of a sixteenth of it, until the budget is met; then single elements come back where they lower the loss
+        most and the budget allows. No evaluation.
         """
         curves = [self.curve(group.name) for group in feasible.structure]
         removed = feasible.lower.copy()
@@ -247,7 +249,17 @@ class SensitivityReport:
                 rise = curve.loss_at(trial[index]) - curve.loss_at(removed[index])
                 options.append((rise / (used - needed) if needed < used else np.inf, index, trial, needed))
             _, _, removed, used = min(options, key=lambda option: option[:2])
-        return feasible.policy(removed)
+        while True:
+            gains: list[tuple[float, int, Removed]] = []
+            for index in np.flatnonzero(removed > feasible.lower).tolist():
+                trial = removed.copy()
+                trial[index] -= 1
+                if feasible.utilisation(trial) <= 1:
+                    gain = curves[index].loss_at(removed[index]) - curves[index].loss_at(trial[index])
+                    gains.append((-gain, index, trial))
+            if not gains:
+                return feasible.policy(removed)
+            removed = min(gains, key=lambda option: option[:2])[2]
 
     def threshold(self, feasible: FeasibleSet) -> Policy:
         """Return the policy that removes from every group as much as costs it the same loss, to just meet a budget.

@@ -10,35 +10,41 @@ A contract is a class whose tests a subclass inherits by giving one fixture; pyt
 Nothing here is imported by the package itself, and pytest is not needed to import it.
 """
 
-import math
+import dataclasses
 import itertools
+import math
 import os
 import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, final
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Protocol, final
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
+from autoprune.agents.base import Agent, Objectives
 from autoprune.cost import Budget, CostModel, FeasibleSet
 from autoprune.environment import PruningEnv, layer_facts
-from autoprune.errors import SearchOver
+from autoprune.errors import ConfigError, SearchOver
 from autoprune.evaluation.candidate import Candidate, Measurement
 from autoprune.policy import Policy
+from autoprune.search_spaces.base import SearchSpace
+from autoprune.search_spaces.per_group import PerGroup
 from autoprune.structure import Group, Slice, Structure
 
 __all__ = [
     "AgentContract",
+    "MakeSpace",
     "SearchSpaceContract",
     "SyntheticEvaluator",
     "TinyNet",
     "TinyResNet",
     "chain",
+    "run_agent",
     "synthetic_env",
 ]
 
@@ -117,12 +123,13 @@ def chain(widths: Sequence[int], budget: str = "macs<=50%", max_sparsity: float 
 def _chain_model(widths: Sequence[int]) -> nn.Sequential:
     model = nn.Sequential()
     inputs = 3
-    for number, width in enumerate(widths):
-        model.add_module(f"conv{number + 1}", nn.Conv2d(inputs, width, 3, padding=1))
-        inputs = width
-    model.add_module("pool", nn.AdaptiveAvgPool2d(1))
-    model.add_module("flatten", nn.Flatten())
-    model.add_module("fc", nn.Linear(inputs, 10))
+    with torch.random.fork_rng(devices=[]):  # weights are drawn from the global generator, and are of no interest
+        for number, width in enumerate(widths):
+            model.add_module(f"conv{number + 1}", nn.Conv2d(inputs, width, 3, padding=1))
+            inputs = width
+        model.add_module("pool", nn.AdaptiveAvgPool2d(1))
+        model.add_module("flatten", nn.Flatten())
+        model.add_module("fc", nn.Linear(inputs, 10))
     return model
 
 
@@ -148,7 +155,7 @@ class SyntheticEvaluator:
         calls: How often it was called, repetitions included.
     """
 
-    def __init__(self, feasible: FeasibleSet, *, evaluations: int, seed: int = 0, repeats: int = 200) -> None:
+    def __init__(self, feasible: FeasibleSet, *, evaluations: int, seed: int = 0, repeats: int = 50) -> None:
         rng = np.random.default_rng(seed)
         groups = len(feasible.structure)
         weights = np.exp(rng.uniform(-2.5, 2.5, groups))
@@ -214,3 +221,276 @@ class SyntheticEvaluator:
         self.candidates.append(candidate)
         self._known[policy] = candidate
         return candidate
+
+
+def synthetic_env(
+    *, evaluations: int, objectives: Objectives = "one", seed: int = 0, widths: Sequence[int] = (8, 8, 16, 16)
+) -> tuple[PruningEnv, SyntheticEvaluator]:
+    """Return an environment over a chain of convolutions, at half its MACs, with its evaluator.
+
+    Args:
+        evaluations: How many different policies may be evaluated.
+        objectives: The agent's; with "several" the space has a dimension for the share of the budget.
+        seed: Of the evaluator's formula.
+        widths: Of the chain.
+    """
+    feasible = chain(widths)
+    evaluator = SyntheticEvaluator(feasible, evaluations=evaluations, seed=seed)
+    space = PerGroup(feasible, spend=(1.0, 1.0) if objectives == "one" else (0.0, 1.0))
+    layers = layer_facts(_chain_model(widths), torch.zeros(1, 3, 8, 8), feasible.structure)
+    env = PruningEnv(
+        feasible, space, evaluator, value=lambda candidate: candidate.accuracy, evaluations=evaluations, layers=layers
+    )
+    return env, evaluator
+
+
+def run_agent(agent: Agent, env: PruningEnv, *, seed: int) -> None:
+    """Run an agent until it returns or `SearchOver` ends it."""
+    try:
+        agent.run(env, seed=seed)
+    except SearchOver:
+        return
+
+
+class AgentContract:
+    """What holds of every agent; a subclass gives the fixture `agent`.
+
+    Attributes:
+        deterministic: Whether the agent draws nothing at random, so that the seed makes no difference.
+    """
+
+    deterministic: ClassVar[bool] = False
+
+    def test_every_setting_has_a_default(self, agent: Agent) -> None:
+        """The registry makes agents without arguments."""
+        assert type(agent)().objectives == agent.objectives
+
+    def test_objectives_are_known(self, agent: Agent) -> None:
+        """The search picks the space by it."""
+        assert agent.objectives in ("one", "several"), f"got {agent.objectives!r}"
+
+    def test_policies_are_feasible(self, agent: Agent) -> None:
+        """Each policy is within the budget and the bounds."""
+        feasible = chain(_WIDTHS)
+        for policy in _sequence(agent, _EVALUATIONS):
+            removed = np.array([feasible.structure.removed(policy)[name] for name in feasible.structure.names])
+            assert feasible.utilisation(removed) <= 1, f"over the budget: {policy}"
+            assert np.all((removed >= feasible.lower) & (removed <= feasible.upper)), f"out of bounds: {policy}"
+
+    def test_policies_are_distinct(self, agent: Agent) -> None:
+        """Most evaluations bring something new."""
+        policies = _sequence(agent, _EVALUATIONS)
+        assert len(set(policies)) > _EVALUATIONS / 2, f"only {len(set(policies))} of {_EVALUATIONS} evaluations used"
+        assert len(set(policies)) > len(policies) / 2, f"{len(policies)} policies, of which {len(set(policies))} differ"
+
+    def test_same_seed_gives_same_policies(self, agent: Agent) -> None:
+        """A search is resumed by running its agent again."""
+        assert _sequence(agent, _EVALUATIONS, seed=3) == _sequence(agent, _EVALUATIONS, seed=3)
+
+    def test_same_seed_gives_same_policies_in_another_process(self, agent: Agent) -> None:
+        """The same, where strings have other hashes."""
+        code = (
+            "import pickle, sys, torch; from autoprune.testing import _sequence; "
+            f"torch.set_num_threads({torch.get_num_threads()}); "
+            f"print(*(policy.id for policy in _sequence(pickle.load(sys.stdin.buffer), {_EVALUATIONS}, seed=3)))"
+        )
+        environment = {**os.environ, "PYTHONHASHSEED": "271828", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        run = subprocess.run(
+            [sys.executable, "-c", code], input=pickle.dumps(agent), capture_output=True, env=environment, check=False
+        )
+        assert run.returncode == 0, run.stderr.decode()
+        here = [policy.id for policy in _sequence(agent, _EVALUATIONS, seed=3)]
+        assert run.stdout.decode().split() == here, "another process proposes other policies"
+
+    def test_other_seed_gives_other_policies(self, agent: Agent) -> None:
+        """Unless there is nothing to draw."""
+        same = _sequence(agent, _EVALUATIONS, seed=3) == _sequence(agent, _EVALUATIONS, seed=4)
+        assert same == self.deterministic, f"deterministic = {self.deterministic}, but seeds 3 and 4 say {same}"
+
+    def test_global_generators_stay_as_they_are(self, agent: Agent) -> None:
+        """The seed is the only source of randomness."""
+        before = _generator_states()
+        _sequence(agent, _EVALUATIONS)
+        assert _generator_states() == before
+
+    def test_evaluations_may_draw_from_global_generators(self, agent: Agent) -> None:
+        """What an evaluation draws does not change what is proposed."""
+
+        def drawing(candidate: Candidate) -> Candidate:
+            torch.rand(candidate.number + 1)
+            np.random.rand(candidate.number + 1)  # noqa: NPY002 - as another's code may
+            random.random()
+            return candidate
+
+        assert _sequence(agent, _EVALUATIONS, change=drawing) == _sequence(agent, _EVALUATIONS)
+
+    def test_failed_candidates_do_not_stop_it(self, agent: Agent) -> None:
+        """A candidate without measurements is told like any other."""
+
+        def failing(candidate: Candidate) -> Candidate:
+            if candidate.number % 3:
+                return candidate
+            return dataclasses.replace(candidate, measurements=(), failure="the loss is not finite")
+
+        assert len(set(_sequence(agent, _EVALUATIONS, change=failing))) > _EVALUATIONS / 2
+
+    def test_few_evaluations_are_enough(self, agent: Agent) -> None:
+        """However few there are to plan for, at least one is used."""
+        assert not _sequence(agent, 0)
+        for evaluations in (1, 2, 3, 5):
+            assert _sequence(agent, evaluations)
+
+    def test_one_group_is_enough(self, agent: Agent) -> None:
+        """A network may have a single group."""
+        assert _sequence(agent, 4, widths=(8,))
+
+
+_WIDTHS = (8, 8, 16, 16)
+_EVALUATIONS = 16
+
+
+class _KeptOnError(BaseException):
+    """An agent went on after `SearchOver`; no handler of ordinary errors catches it."""
+
+
+def _sequence(
+    agent: Agent,
+    evaluations: int,
+    *,
+    seed: int = 0,
+    widths: Sequence[int] = _WIDTHS,
+    change: Callable[[Candidate], Candidate] = lambda candidate: candidate,
+) -> list[Policy]:
+    """Return every policy that an agent had evaluated, repetitions included.
+
+    Raises:
+        AssertionError: The agent went on after `SearchOver`.
+    """
+    synthetic, evaluator = synthetic_env(evaluations=evaluations, objectives=agent.objectives, widths=widths)
+    policies: list[Policy] = []
+    over = False
+
+    def evaluate(policy: Policy) -> Candidate:
+        nonlocal over
+        if over:
+            raise _KeptOnError
+        try:
+            candidate = evaluator(policy)
+        except SearchOver:
+            over = True
+            raise
+        policies.append(policy)
+        return change(candidate)
+
+    env = PruningEnv(synthetic.feasible, synthetic.space, evaluate, value=lambda c: c.accuracy, evaluations=evaluations)
+    try:
+        run_agent(agent, env, seed=seed)
+    except _KeptOnError:
+        raise AssertionError("the agent went on after SearchOver: let it pass") from None
+    return policies
+
+
+def _generator_states() -> list[str]:
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the global one is what is watched
+    return [torch.get_rng_state().numpy().tobytes().hex(), repr(numpy_state), repr(random.getstate())]
+
+
+class MakeSpace(Protocol):
+    """How a space is made: its class, or a function with the same arguments."""
+
+    def __call__(self, feasible: FeasibleSet, *, spend: tuple[float, float]) -> SearchSpace:
+        """Return a space."""
+        ...
+
+
+class SearchSpaceContract:
+    """What holds of every search space; a subclass gives the fixture `make_space`, the space's class."""
+
+    def test_dimensions_have_names(self, make_space: MakeSpace) -> None:
+        """All different; "spend" is the last one where the share of the budget is free, and only there."""
+        for space, spend in _spaces(make_space):
+            names = space.dimensions
+            assert len(set(names)) == len(names), f"got {names}"
+            assert ("spend" in names[-1:]) == (spend[0] < spend[1]), f"with {spend=} got {names}"
+            assert "spend" not in names[:-1], f"got {names}"
+
+    def test_policies_are_feasible(self, make_space: MakeSpace) -> None:
+        """Each point of the cube, corners included, is within the budget and the bounds, in whole elements."""
+        for feasible in _feasible_sets():
+            for spend in _SPENDS:
+                space = make_space(feasible, spend=spend)
+                for point in _points(space):
+                    policy = space.decode(point)
+                    removed = feasible.removed(policy)
+                    assert feasible.policy(removed) == policy, f"out of bounds or not whole elements: {policy}"
+                    assert feasible.utilisation(removed) <= 1, f"over the budget: {policy}"
+
+    def test_whole_budget_is_filled(self, make_space: MakeSpace) -> None:
+        """With `spend=(1, 1)`, leaving one element more in every group would cost too much."""
+        for feasible in _feasible_sets():
+            space = make_space(feasible, spend=(1.0, 1.0))
+            for point in _points(space):
+                removed = feasible.removed(space.decode(point))
+                fewer = np.maximum(removed - 1, feasible.lower)
+                cheapest = bool(np.all(removed == feasible.lower))
+                assert cheapest or feasible.utilisation(fewer) > 1, f"budget left over at {point}"
+
+    def test_encode_is_the_way_back(self, make_space: MakeSpace) -> None:
+        """`decode(encode(p)) == p` for every policy that `decode` gives."""
+        for space, _ in _spaces(make_space):
+            for point in _points(space):
+                policy = space.decode(point)
+                assert space.decode(space.encode(policy)) == policy, f"lost on the way back: {policy}"
+
+    def test_any_policy_has_a_point(self, make_space: MakeSpace) -> None:
+        """Warm starts come from elsewhere: each has a point, whose policy is feasible."""
+        for feasible in _feasible_sets():
+            for spend in _SPENDS:
+                space = make_space(feasible, spend=spend)
+                for removed in (feasible.lower, feasible.upper, (feasible.lower + feasible.upper) // 2):
+                    space.decode(space.encode(feasible.policy(removed)))
+
+    def test_decode_is_pure(self, make_space: MakeSpace) -> None:
+        """The same point always stands for the same policy."""
+        for space, _ in _spaces(make_space):
+            points = list(_points(space))
+            forwards = [space.decode(point) for point in points]
+            assert forwards == [space.decode(point) for point in reversed(points)][::-1]
+
+    def test_other_points_are_refused(self, make_space: MakeSpace) -> None:
+        """A point of the wrong length, or outside the cube, is an error and not silently clipped."""
+        for space, _ in _spaces(make_space):
+            length = len(space.dimensions)
+            wrong = [[0.5] * (length + 1)]
+            if length:
+                wrong += [[value, *[0.5] * (length - 1)] for value in (-0.1, 1.1, math.nan)]
+            for point in wrong:
+                try:
+                    space.decode(point)
+                except ConfigError:
+                    continue
+                raise AssertionError(f"{space.dimensions} accepted {point}")
+
+
+_SPENDS = ((1.0, 1.0), (0.0, 1.0), (0.25, 0.75))
+
+
+def _feasible_sets() -> Iterator[FeasibleSet]:
+    yield chain((8, 8, 16))
+    yield chain((4, 12, 6), "macs<=70%,params<=40%")
+    yield chain((5,), "macs<=100%")
+
+
+def _spaces(make_space: MakeSpace) -> Iterator[tuple[SearchSpace, tuple[float, float]]]:
+    for feasible in _feasible_sets():
+        for spend in _SPENDS:
+            yield make_space(feasible, spend=spend), spend
+
+
+def _points(space: SearchSpace) -> Iterator[list[float]]:
+    """Yield the corners of the unit cube, and points within."""
+    length = len(space.dimensions)
+    yield from map(list, itertools.product((0.0, 1.0), repeat=length))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        yield rng.random(length).tolist()

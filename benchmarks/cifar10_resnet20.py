@@ -93,7 +93,8 @@ def _table(document: dict[str, Any]) -> str:
         share = row["macs"] / dense["macs"]
         lines.append(f"| {name} | {row['macs']:,} ({share:.1%}) | {row['params']:,} | {measured} |")
     lines.append(
-        f"\n{document['evaluations']} evaluations; search {document['search_seconds']:.0f} s, all {document['seconds']:.0f} s; "
+        f"\n{document['evaluations']} evaluations; search {document['search_seconds']:.0f} s, "
+        f"all {document['seconds']:.0f} s; "
         f"saved at {document['reloaded']['saved']:.4f}, reloaded at {document['reloaded']['accuracy']:.4f}"
     )
     return "\n".join(lines)

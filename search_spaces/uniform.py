@@ -49,5 +49,5 @@ class Uniform:
         return self._spend.coordinates(self._feasible.utilisation(self._feasible.removed(policy)))
 
     def _at(self, sparsity: float) -> Removed:
-        counts = np.rint(sparsity * self._feasible.sizes).astype(np.int64)
-        return np.clip(counts, self._feasible.lower, self._feasible.upper)
+        counts: Removed = np.rint(sparsity * self._feasible.sizes).astype(np.int64)
+        return np.minimum(np.maximum(counts, self._feasible.lower), self._feasible.upper)

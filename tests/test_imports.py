@@ -18,7 +18,8 @@ _TASK = "data models task"
 _NETWORK = f"{_BASE} structure cost"
 _TRAINING = f"{_NETWORK} {_TASK} scoring scheduling"
 _EVALUATION = f"{_TRAINING} finetuning evaluation"
-_PARTS = f"_version {_EVALUATION} bounds settings sensitivity environment pareto report export finaliser tracking"
+_RESULT = f"_version {_EVALUATION} bounds settings preparation sensitivity pareto report export finaliser result"
+_PARTS = f"{_RESULT} environment tracking"
 _ALL = f"{_PARTS} search search_spaces agents autoprune"
 
 # The layers, low to high: a unit (a module or sub-package of autoprune; "autoprune" is the root), and the units that it
@@ -50,6 +51,8 @@ LAYERS = {
     "export": f"_version {_EVALUATION} sensitivity",
     "finaliser": f"{_EVALUATION} export",
     "tracking": f"_version {_EVALUATION} sensitivity",
+    "preparation": f"{_EVALUATION} bounds settings",
+    "result": f"{_EVALUATION} settings preparation sensitivity pareto report finaliser",
     "search": _PARTS,
     "search_spaces": f"{_NETWORK} sensitivity",
     "agents": f"{_NETWORK} evaluation sensitivity environment search_spaces",

@@ -23,6 +23,7 @@ from autoprune.finetuning import Recipe, recalibrate, train
 from autoprune.policy import Policy
 from autoprune.scoring import Evidence, removal_orders
 from autoprune.scoring.l1 import L1
+from autoprune.scoring.taylor import taylor_scores
 from autoprune.sensitivity import Cell, GroupSensitivity, SensitivityReport, analyse, conditions
 from autoprune.structure import analyse as analyse_structure
 from autoprune.structure import remove
@@ -165,11 +166,15 @@ def test_shares_of_the_multiply_adds(setup: Setup, tmp_path: Path) -> None:
     assert report["fc"].macs_share == 0.0
 
 
-def test_the_taylor_prediction_rises_from_the_dense_loss(setup: Setup, tmp_path: Path) -> None:
+def test_the_taylor_prediction_is_the_sum_over_what_is_removed_and_rises(setup: Setup, tmp_path: Path) -> None:
     report = setup.analyse(tmp_path / "s.json")
+    evidence = Evidence(list(setup.task.calibration_batches(200, 50, 0)), setup.task.loss, 0)
+    scores = taylor_scores(setup.task.model, setup.bench.structure, evidence)
     for name in ("stem", "conv1"):
         predicted = [report.dense.loss, *(cell.taylor_loss for cell in report[name].cells)]
         assert all(after > before for before, after in itertools.pairwise(predicted))
+        gone = [scores[name][setup.bench.orders[name][: cell.removed]].sum() for cell in report[name].cells]
+        assert predicted[1:] == pytest.approx([report.dense.loss + float(loss) for loss in gone], rel=1e-5)
 
 
 def test_a_sparsity_that_removes_nothing_or_twice_the_same_is_no_cell(setup: Setup, tmp_path: Path) -> None:

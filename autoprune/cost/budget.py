@@ -34,7 +34,8 @@ class Limit:
 
     def absolute(self, dense: Cost) -> float:
         """Return the limit as a number, given the dense network's cost."""
-        return self.value * getattr(dense, self.metric) if self.relative else self.value
+        whole: int = getattr(dense, self.metric)
+        return self.value * whole if self.relative else self.value
 
     def __str__(self) -> str:
         """Return the shortest text from which `Budget.parse` reads exactly this limit."""
@@ -76,7 +77,7 @@ class Budget:
     def utilisation(self, cost: Cost, dense: Cost) -> float:
         """Return the largest share of a limit that a cost uses; at most 1 where the budget is met."""
         limits = self.limits or (Limit("macs", 1.0, relative=True),)
-        return max(getattr(cost, limit.metric) / limit.absolute(dense) for limit in limits)
+        return max(float(getattr(cost, limit.metric) / limit.absolute(dense)) for limit in limits)
 
     def __str__(self) -> str:
         return ",".join(str(limit) for limit in self.limits)

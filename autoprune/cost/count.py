@@ -89,8 +89,11 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _convolution(args: Sequence[Any], output: torch.Tensor) -> int:
-    weight, transposed = args[1], args[6]
-    positions = args[0] if transposed else output  # every one of them meets each of a filter's weights once
+    weight: torch.Tensor = args[1]
+    transposed: bool = args[6]
+    positions: torch.Tensor = (
+        args[0] if transposed else output
+    )  # every one of them meets each of a filter's weights once
     return positions.numel() // positions.shape[1] * weight.numel()
 
 
@@ -112,32 +115,32 @@ _OPERANDS = {
 # Without the underscore at the end that marks an operator as in-place.
 _FREE_NAMES = """
     _adaptive_avg_pool2d _adaptive_avg_pool3d _log_softmax _native_batch_norm_legit_no_training _prelu_kernel
-    _safe_softmax _softmax _to_copy _unsafe_view abs adaptive_max_pool2d add addcdiv addcmul alias amax amin any
-    arange argmax argmin avg_pool1d avg_pool2d avg_pool3d bernoulli bitwise_and bitwise_not bitwise_or cat ceil
-    channel_shuffle clamp clamp_min clone constant_pad_nd copy cos cudnn_batch_norm cumsum detach div dropout elu
-    embedding empty empty_like eq erf exp expand fill flip floor full full_like ge gelu glu gt hardsigmoid hardswish
-    hardtanh index index_select le leaky_relu lift_fresh log log1p log_sigmoid_forward logical_and logical_not
-    logical_or lt masked_fill max max_pool2d_with_indices max_pool3d_with_indices maximum mean min minimum
-    miopen_batch_norm mish mul native_batch_norm native_channel_shuffle native_dropout native_group_norm
-    native_layer_norm ne neg new_empty new_full new_ones new_zeros ones ones_like permute pixel_shuffle
-    pixel_unshuffle pow prelu reciprocal reflection_pad1d reflection_pad2d relu repeat replication_pad1d
-    replication_pad2d roll rsqrt rsub scalar_tensor select sigmoid sign silu sin slice softplus split
-    split_with_sizes sqrt square squeeze stack std sub sum t tanh threshold topk transpose tril triu unbind unfold
-    unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest1d upsample_nearest2d var var_mean view where
-    zero zeros zeros_like
+    _safe_softmax _softmax _to_copy _unsafe_view _weight_norm_interface abs adaptive_max_pool2d add addcdiv addcmul
+    alias amax amin any arange argmax argmin as_strided avg_pool1d avg_pool2d avg_pool3d bernoulli bitwise_and
+    bitwise_not bitwise_or cat ceil channel_shuffle clamp clamp_min clone constant_pad_nd copy cos cudnn_batch_norm
+    cumsum detach div dropout elu embedding empty empty_like eq erf exp expand fill flip floor full full_like ge
+    gelu glu gt hardsigmoid hardswish hardtanh index index_select le leaky_relu lift_fresh log log1p
+    log_sigmoid_forward logical_and logical_not logical_or lt masked_fill max max_pool2d_with_indices
+    max_pool3d_with_indices maximum mean min minimum miopen_batch_norm mish mul native_batch_norm
+    native_channel_shuffle native_dropout native_group_norm native_layer_norm ne neg new_empty new_full new_ones
+    new_zeros ones ones_like permute pixel_shuffle pixel_unshuffle pow prelu reciprocal reflection_pad1d
+    reflection_pad2d relu repeat replication_pad1d replication_pad2d roll rsqrt rsub scalar_tensor select sigmoid
+    sign silu sin slice softplus split split_with_sizes sqrt square squeeze stack std sub sum t tanh threshold topk
+    transpose tril triu unbind unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest1d
+    upsample_nearest2d var var_mean view where zero zeros zeros_like
 """
 _FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split())
 
 
 @dataclass
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
     names: Mapping[int, str]  # the data pointer of a parameter's storage → its name
     macs_of: Counter[str] = field(default_factory=Counter)
     unattributed: Counter[str] = field(default_factory=Counter)
     unknown: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))

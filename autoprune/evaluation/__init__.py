@@ -1,8 +1,19 @@
 """What a policy is worth: slicing, recovery and measurement of candidates, cached and recorded."""
 
 from autoprune.evaluation.candidate import Candidate, Measurement
-from autoprune.evaluation.evaluator import Arm, Evaluator, Recovery, Workbench
+from autoprune.evaluation.evaluator import TIME_LIMIT, Arm, Evaluator, Recovery, Workbench
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
 
-__all__ = ["Arm", "Candidate", "Evaluator", "Ledger", "Measurement", "Recovery", "Samples", "Workbench", "measure"]
+__all__ = [
+    "TIME_LIMIT",
+    "Arm",
+    "Candidate",
+    "Evaluator",
+    "Ledger",
+    "Measurement",
+    "Recovery",
+    "Samples",
+    "Workbench",
+    "measure",
+]

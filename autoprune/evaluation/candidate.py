@@ -109,7 +109,7 @@ class Candidate:
             "removed": dict(self.removed),
             **self.cost.to_dict(),
             "measurements": [asdict(m) for m in self.measurements],
-            "seconds": round(self.seconds, 4),
+            "seconds": self.seconds,
             "failure": self.failure,
         }
 

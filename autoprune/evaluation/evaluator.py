@@ -13,20 +13,22 @@ import torch
 from torch import nn
 
 from autoprune.cost import CostModel, count
-from autoprune.errors import SearchOver
+from autoprune.errors import DivergedError, SearchOver
 from autoprune.evaluation.candidate import Candidate, Measurement
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
-from autoprune.finetuning import DivergedError, Recipe, recalibrate, train
+from autoprune.finetuning import Recipe, recalibrate, train
 from autoprune.policy import Policy
 from autoprune.seeds import derive
 from autoprune.structure import Structure, remove
 from autoprune.task import Task
 from autoprune.threads import suited_threads
 
-__all__ = ["Arm", "Evaluator", "Recovery", "Workbench"]
+__all__ = ["TIME_LIMIT", "Arm", "Evaluator", "Recovery", "Workbench"]
 
 _IN_MEMORY = 2 << 30  # bytes of validation inputs that are kept ready; a larger split is read for each measurement
+TIME_LIMIT = "time limit"
+"""`Arm.stopped` of an arm that ran out of time; such a search can go on."""
 _REPEATS = 200  # proposals in a row that were all evaluated before: the agent has converged
 
 
@@ -154,7 +156,7 @@ class Evaluator:
             removed=removed,
             cost=self.costs.cost(removed),
             measurements=measurements if failure is None else (),
-            seconds=time.perf_counter() - started,
+            seconds=round(time.perf_counter() - started, 4),
             failure=failure,
         )
         self.ledger.append(candidate)
@@ -235,7 +237,7 @@ class Arm:
             raise SearchOver("all evaluations are spent")
         late = self._deadline is not None and time.monotonic() >= self._deadline
         if late and self._evaluator.ledger.get(policy_id) is None:
-            self._end("time limit")
+            self._end(TIME_LIMIT)
         candidate = self._evaluator.evaluate(policy, arm=self._arm, agent=self._agent)
         self.candidates[policy_id] = candidate
         self._repeats = 0

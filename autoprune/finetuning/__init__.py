@@ -1,6 +1,6 @@
 """How weights recover from slicing: one file a method, the training loop among them."""
 
 from autoprune.finetuning.recalibrate import recalibrate
-from autoprune.finetuning.train import DivergedError, Recipe, train
+from autoprune.finetuning.train import Recipe, train
 
-__all__ = ["DivergedError", "Recipe", "recalibrate", "train"]
+__all__ = ["Recipe", "recalibrate", "train"]

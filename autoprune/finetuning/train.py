@@ -7,13 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from autoprune.errors import DivergedError
 from autoprune.seeds import seeded_torch
 
-__all__ = ["DivergedError", "Recipe", "one_cycle", "train"]
-
-
-class DivergedError(FloatingPointError):
-    """The loss is not finite any more."""
+__all__ = ["Recipe", "one_cycle", "train"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,9 +53,7 @@ def per_element(values: torch.Tensor, part: Slice) -> torch.Tensor:
     return along[part.positions.to(along.device)].sum(1)
 
 
-def sum_of_weights(
-    model: nn.Module, group: Group, transform: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def sum_of_weights(model: nn.Module, group: Group, transform: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Sum transformed weights over all that a coupled group holds of each element.
 
     These are its filters in every layer that writes it and the columns of every layer that reads it, without biases

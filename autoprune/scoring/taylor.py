@@ -40,6 +40,8 @@ def taylor_scores(model: nn.Module, structure: Structure, evidence: Evidence) ->
     for name in read:
         parameters[name].requires_grad_(True)
     totals = {group.name: torch.zeros(group.size) for group in structure}
+    if not read:
+        return totals
     seen = 0
     for inputs, targets in evidence.batches:
         loss = evidence.loss(copied(inputs), targets).mean()

@@ -71,6 +71,7 @@ def find_channels(model: nn.Module, example_input: torch.Tensor) -> tuple[list[G
     with _watched(traced, trace), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of parameters outside modules; here the proof judges those
         try:
+            traced(example_input)  # Torch-Pruning would try another call where this fails, and hide the reason
             graph = _Graph(trace.paddings).build_dependency(traced, example_inputs=(example_input,), verbose=False)
             graph.map_paddings()
             elements = _connect(graph, traced)
@@ -80,7 +81,10 @@ def find_channels(model: nn.Module, example_input: torch.Tensor) -> tuple[list[G
                 f"{type(error).__name__}: {_first_line(error)}"
             ) from error
     groups, locked = _collect(traced, elements, trace.rank)
-    return groups, [*locked, *_uncalled(traced, {layer for group in (*groups, *locked) for layer in group.layers})]
+    written = {layer for group in groups for layer in group.layers} | {
+        layer for group in locked for layer in group.layers
+    }
+    return groups, locked + _uncalled(traced, written)
 
 
 def _first_line(error: Exception) -> str:

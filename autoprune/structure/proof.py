@@ -45,8 +45,7 @@ class Proof:
         with torch.no_grad():
             for parameter in self._model.parameters():
                 if parameter.is_floating_point() and parameter.numel() > 1 and parameter.min() == parameter.max():
-                    values = torch.rand(parameter.shape, generator=generator) + 0.5
-                    parameter.copy_(values)
+                    parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
         self._inputs = inputs
         try:
             self._model.double()
@@ -68,11 +67,16 @@ class Proof:
 
     def _fault(self, group: Group, removed: list[int]) -> str | None:
         try:
-            expected = self._outputs(self._model, self._zeroed(group, removed))
-            outputs = self._outputs(remove(self._model, Structure((group,)), {group.name: removed}))
+            zeroed = self._zeroed(group, removed)
+            smaller = remove(self._model, Structure((group,)), {group.name: removed})
+        except IndexError:
+            return "its elements do not line up with the weights that read them"
+        expected = self._outputs(self._model, zeroed)
+        try:
+            outputs = self._outputs(smaller)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of a wrong index, or whatever the network's own code raises
+        except Exception as error:  # whatever the network's own code raises
             first_line = next(iter(str(error).splitlines()), type(error).__name__)
             return f"the network fails without some of its elements: {first_line}"
         if [o.shape for o in outputs] != [e.shape for e in expected]:

@@ -248,12 +248,13 @@ def test_the_limit_counts_distinct_policies(cheap: Evaluator) -> None:
 def test_what_another_arm_evaluated_counts_but_costs_nothing(cheap: Evaluator) -> None:
     random, search = Arm(cheap, "random", "random", 2), Arm(cheap, "search", "tpe", 2)
     shared = random(policies(1)[0])
+    random(policies(4)[3])
     assert search(policies(1)[0]) is shared
     assert shared.arm == "random"
     search(policies(2)[1])
     with pytest.raises(SearchOver):
         search(policies(3)[2])
-    assert len(cheap.ledger) == 2
+    assert len(cheap.ledger) == 3  # two of the one arm, and one more of the other
 
 
 def test_an_arm_without_evaluations_ends_at_once(cheap: Evaluator) -> None:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autoprune.finetuning import DivergedError, Recipe, train
+from autoprune.errors import DivergedError
+from autoprune.finetuning import Recipe, train
 from autoprune.finetuning.train import one_cycle
 from autoprune.task import cross_entropy
 

@@ -1,0 +1,83 @@
+"""A task made ready to search: groups, prices, the order of elements, and the evaluator. Nothing here is evaluated."""
+
+import warnings
+from dataclasses import dataclass
+
+from autoprune import registry
+from autoprune.bounds import parse_bounds
+from autoprune.cost import CostModel, FeasibleSet
+from autoprune.errors import TaskError, UncountedOperatorWarning
+from autoprune.evaluation import Evaluator, Ledger, Workbench
+from autoprune.run import RunFolder
+from autoprune.scoring import Evidence, removal_orders
+from autoprune.seeds import derive
+from autoprune.settings import SearchSettings
+from autoprune.structure import Structure
+from autoprune.structure import analyse as analyse_structure
+from autoprune.task import Task
+from autoprune.threads import suited_threads
+
+__all__ = ["Prepared", "evaluator_of", "prepare"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A task made ready to search: what can be removed, in which order, at what price.
+
+    Attributes:
+        task: What the user brought.
+        settings: How to search.
+        structure: The groups.
+        costs: Prices policies.
+        feasible: The policies that meet the budget within the user's bounds.
+        bench: The network and its data.
+        evidence: What criteria may look at.
+    """
+
+    task: Task
+    settings: SearchSettings
+    structure: Structure
+    costs: CostModel
+    feasible: FeasibleSet
+    bench: Workbench
+    evidence: Evidence
+
+
+def prepare(task: Task, settings: SearchSettings) -> Prepared:
+    """Find a task's groups, score their elements and price policies; nothing is evaluated.
+
+    Raises:
+        StructureError: The network's dependencies can't be traced.
+        InfeasibleBudgetError: No policy within the bounds meets the budget.
+        ConfigError: A bound or name is wrong.
+    """
+    structure = analyse_structure(task.model, task.example_input, seed=derive(settings.seed, "proof"))
+    if not len(structure):
+        reasons = (
+            "; ".join(f"{group.name}: {group.reason}" for group in structure.locked) or "no convolution or linear layer"
+        )
+        raise TaskError(f"nothing in {task.name} can be pruned ({reasons})")
+    costs = CostModel(task.model, task.example_input, structure)
+    if costs.unknown:
+        listed = ", ".join(f"{name} ({times} times)" for name, times in costs.unknown.items())
+        warnings.warn(
+            f"the MACs leave out operators that are not known: {listed}", UncountedOperatorWarning, stacklevel=2
+        )
+    bounds = parse_bounds(settings.bounds, structure, settings.max_sparsity)
+    feasible = FeasibleSet.build(structure, costs, settings.limits, bounds, settings.max_sparsity)
+    batches = list(
+        task.calibration_batches(min(1000, settings.calibration_images), 250, derive(settings.seed, "scoring"))
+    )
+    evidence = Evidence(batches, task.loss, derive(settings.seed, "scores"))
+    criterion = registry.resolve("criterion", settings.criterion)()
+    with suited_threads(costs.dense.macs):
+        scores = criterion.score(task.fresh_model().eval(), structure, evidence)
+    bench = Workbench(task, structure, removal_orders(scores), settings.calibration_images, settings.seed)
+    return Prepared(task, settings, structure, costs, feasible, bench, evidence)
+
+
+def evaluator_of(prepared: Prepared, folder: RunFolder) -> Evaluator:
+    """Return the evaluator of a run, with the candidates that its ledger holds."""
+    return Evaluator(
+        prepared.bench, prepared.costs, prepared.settings.recovery, Ledger(folder.ledger), prepared.settings.seed
+    )

@@ -1,0 +1,295 @@
+"""What a search leaves: its result as Python objects, the files that say it, and the networks that it stands for."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autoprune.cost import Budget, Cost, Limit
+from autoprune.errors import ConfigError, RunError, TaskError
+from autoprune.evaluation import Candidate, Evaluator, Measurement
+from autoprune.finaliser import PrunedNetwork
+from autoprune.pareto import front, hypervolume, pick
+from autoprune.preparation import Prepared, evaluator_of, prepare
+from autoprune.run import RunFolder, write_json
+from autoprune.sensitivity import SensitivityReport
+from autoprune.settings import SearchSettings
+from autoprune.task import Task
+
+__all__ = [
+    "SearchResult",
+    "measured",
+    "open_run",
+    "pick_from",
+    "point_of",
+    "predicted",
+    "rebuild",
+    "record_of",
+    "render",
+    "uniform_at",
+    "write_front",
+]
+
+
+class SearchResult:
+    """What a search found.
+
+    Args:
+        run: The folder.
+        prepared: The task.
+        evaluator: Holds the ledger.
+        summary: The contents of `result.json`.
+
+    Attributes:
+        run: The folder's path.
+        dense: Accuracy and cost of the dense network.
+        picked: The candidate that the search itself picked, by the budget or the drop it was given.
+        candidates: Everything evaluated, controls included, in order.
+    """
+
+    def __init__(self, run: RunFolder, prepared: Prepared, evaluator: Evaluator, summary: Mapping[str, Any]) -> None:
+        self.run = run.path
+        self.dense: Mapping[str, Any] = summary["dense"]
+        self.summary = summary
+        self._folder = run
+        self._prepared = prepared
+        self._evaluator = evaluator
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Everything evaluated, controls included, in order."""
+        return tuple(self._evaluator.ledger)
+
+    @property
+    def front(self) -> list[Candidate]:
+        """The candidates that no other beats in accuracy, MACs and parameters at once, cheapest first."""
+        return front(measured(self._evaluator.ledger))
+
+    def pick(self, *, max_drop: float | None = None, budget: str | None = None) -> PrunedNetwork:
+        """Return one of the candidates as a network, rebuilt and measured again.
+
+        Args:
+            max_drop: The cheapest candidate that loses no more accuracy than this.
+            budget: The most accurate candidate within these limits; with `max_drop`, both must hold. With neither, the
+                search's own budget or drop decides; if it had none, the knee of the front.
+
+        Raises:
+            ConfigError: No candidate qualifies.
+        """
+        if max_drop is None and budget is None:
+            max_drop, budget = self._prepared.settings.max_drop, self._prepared.settings.budget
+        return self.network(*pick_from(self._evaluator, self.dense, max_drop, budget))
+
+    def network(self, candidate: Candidate, rule: str = "chosen by hand") -> PrunedNetwork:
+        """Return any candidate of this search as a network, rebuilt and measured again.
+
+        Raises:
+            RunError: It does not measure what the ledger says.
+        """
+        return rebuild(self._evaluator, candidate, rule)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result in short, as `autoprune search --json` prints it."""
+        picked = self.summary["picked"]
+        return {
+            "dense": {key: self.dense[key] for key in ("accuracy", "macs", "params")},
+            "candidates": self.summary["candidates"],
+            "front": [point_of(candidate) for candidate in self.front],
+            "picked": {key: picked[key] for key in ("policy", "accuracy", "macs", "params", "fidelity")},
+            "run": str(self.run),
+        }
+
+    def choose(self, network: PrunedNetwork) -> None:
+        """Make a network of this search the picked one: save it to `pruned/`, and renew result and report."""
+        chosen = network.candidate
+        uniform = uniform_at(self._prepared, self._evaluator, chosen.cost)
+        self.summary = {
+            **self.summary,
+            "evaluations": len(self._evaluator.ledger),
+            "picked": point_of(chosen) | {"removed": dict(chosen.removed), "rule": network.rule},
+            "uniform": None if uniform is None else point_of(uniform),
+            "predicted": predicted(self._folder, chosen),
+        }
+        network.save(self._folder.pruned)
+        write_front(self._folder, self._evaluator)
+        write_json(self._folder.result, self.summary)
+        self.report()
+
+    def finalize(self, epochs: int = 10, *, progress: Callable[[int, float], None] | None = None) -> PrunedNetwork:
+        """Fine-tune the picked network fully, read the test set once, save the network and write `final.json`.
+
+        Args:
+            epochs: Passes over the training split.
+            progress: Called after every step with the steps done and the step's loss.
+
+        Raises:
+            RunError: The search was finalised before: the test set is read once.
+        """
+        if self._folder.final.exists():
+            raise RunError(
+                f"{self.run} was finalised before, and the test set is read once; "
+                f"its numbers are in {self._folder.final}"
+            )
+        picked = self.summary["picked"]
+        chosen = self._evaluator.ledger.get(picked["id"])
+        if chosen is None:
+            raise RunError(f"the picked candidate {picked['id']} is not in the ledger of {self.run}")
+        network = rebuild(self._evaluator, chosen, picked["rule"]).finetune(epochs, progress=progress)
+        network.save(self._folder.pruned)
+        final: dict[str, Any] = {"epochs": epochs, "val": record_of(network.measured)}
+        if self._prepared.task.n_test:
+            test, dense_test = network.test()
+            final |= {"test": record_of(test), "dense_test": record_of(dense_test)}
+        write_json(self._folder.final, final)
+        self.report()
+        return network
+
+    def report(self) -> Path:
+        """Write `report.html` and return its path."""
+        return render(self._folder)
+
+
+def open_run(path: str | Path, task: Task) -> SearchResult:
+    """Return the result of a finished search.
+
+    Args:
+        path: Its folder.
+        task: The task that it was made with.
+
+    Raises:
+        RunError: The folder holds no finished search, or one of another task.
+    """
+    folder = RunFolder(path)
+    config, summary = folder.read(folder.config), folder.read(folder.result)
+    for what, digest in task.digest().items():
+        if config["digest"].get(what) != digest:
+            raise RunError(f"{folder.path} was searched with another {what} than this task has; open it with its own")
+    prepared = prepare(task, SearchSettings.of(config["search"]))
+    return SearchResult(folder, prepared, evaluator_of(prepared, folder), summary)
+
+
+def measured(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Return the candidates that did not fail."""
+    return [candidate for candidate in candidates if candidate.failure is None]
+
+
+def pick_from(
+    evaluator: Evaluator,
+    dense: Mapping[str, Any],
+    max_drop: float | None,
+    budget: str | None,
+    *,
+    fall_back: bool = False,
+) -> tuple[Candidate, str]:
+    """Return one of the ledger's candidates and the rule that chose it (see `autoprune.pareto.pick`).
+
+    Args:
+        evaluator: Holds the ledger.
+        dense: The dense network's record, which the drop is counted from.
+        max_drop: Largest tolerated loss of accuracy.
+        budget: Limits, as text.
+        fall_back: Return the most accurate candidate where none is within the drop, and say so in the rule.
+
+    Raises:
+        ConfigError: No candidate qualifies.
+        TaskError: All candidates failed.
+    """
+    limits = Budget.parse(budget)
+    dense_cost = evaluator.costs.dense
+    choices = measured(evaluator.ledger)
+    failures = [candidate.failure for candidate in evaluator.ledger if candidate.failure is not None]
+    if failures and not choices:
+        raise TaskError(f"all {len(failures)} candidates failed; the first: {failures[0]}; a lower lr may help")
+    fits = None if budget is None else lambda candidate: limits.utilisation(candidate.cost, dense_cost) <= 1
+    text = str(limits)
+    try:
+        return pick(choices, max_drop=max_drop, dense_accuracy=dense["accuracy"], fits=fits, budget_text=text)
+    except ConfigError:
+        if not (fall_back and choices and max_drop is not None):
+            raise
+    nearest = [candidate for candidate in choices if fits is None or fits(candidate)] or choices
+    return max(nearest, key=lambda c: c.accuracy), f"most accurate found; none is within a drop of {max_drop:g}"
+
+
+def write_front(folder: RunFolder, evaluator: Evaluator) -> None:
+    """Write `front.json`."""
+    dense = evaluator.costs.dense
+    reference = {"accuracy": 0.0, "macs": dense.macs, "params": dense.params}
+    members = front(measured(evaluator.ledger))
+    write_json(
+        folder.front,
+        {
+            "objectives": ["accuracy", "macs", "params"],
+            "reference": reference,
+            "hypervolume": hypervolume(members, reference),
+            "points": [point_of(candidate) for candidate in members],
+        },
+    )
+
+
+def uniform_at(prepared: Prepared, evaluator: Evaluator, cost: Cost) -> Candidate | None:
+    """Evaluate the uniform policy that has no more multiply-adds than a cost, and as little less as can be."""
+    limit = Budget((Limit("macs", float(cost.macs), relative=False),))
+    same = dataclasses.replace(prepared.feasible, budget=limit)
+    policy = same.policy(same.project(np.zeros(len(same.structure))))
+    candidate = evaluator.evaluate(policy, arm="uniform", agent="uniform")
+    return candidate if candidate.failure is None else None
+
+
+def predicted(folder: RunFolder, chosen: Candidate) -> dict[str, float] | None:
+    """Return what the one-group curves predict for a policy, and how far the joint measurement is from it."""
+    recalibrated = chosen.at("recalibrated")
+    if recalibrated is None or not folder.sensitivity.exists():
+        return None
+    accuracy = SensitivityReport.load(folder.sensitivity).predicted_accuracy(chosen.removed)
+    return {"accuracy": accuracy, "gap": recalibrated.accuracy - accuracy}
+
+
+def rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNetwork:
+    """Return a candidate's network, built and recovered as when it was measured.
+
+    Raises:
+        RunError: It measures something else now.
+    """
+    model, measurements = evaluator.recovered(candidate.policy)
+    again = measurements[-1].accuracy
+    if not math.isclose(again, candidate.accuracy, abs_tol=2 * candidate.accuracy_se + 1e-9):
+        raise RunError(
+            f"candidate {candidate.id} was measured at {candidate.accuracy:.4f}, but its network, rebuilt from its "
+            f"seed, at {again:.4f}; is this the same data, machine and version?"
+        )
+    return PrunedNetwork(evaluator, candidate, model, measurements[-1], rule)
+
+
+def point_of(candidate: Candidate) -> dict[str, Any]:
+    """Return a candidate as the result's files hold it."""
+    return {
+        "id": candidate.id,
+        "arm": candidate.arm,
+        "policy": dict(candidate.policy),
+        "accuracy": candidate.accuracy,
+        "accuracy_se": candidate.accuracy_se,
+        **candidate.cost.to_dict(),
+        "fidelity": candidate.fidelity,
+    }
+
+
+def record_of(measurement: Measurement) -> dict[str, Any]:
+    """Return a measurement as the result's files hold it."""
+    return {
+        "accuracy": measurement.accuracy,
+        "accuracy_se": measurement.accuracy_se,
+        "loss": measurement.loss,
+        "loss_se": measurement.loss_se,
+    }
+
+
+def render(folder: RunFolder) -> Path:
+    """Write `report.html` and the figures beside it, and return the report's path."""
+    from autoprune.report import figure_files, write_report  # loads plotly
+
+    figure_files(folder.path, folder.figures)
+    return write_report(folder.path)

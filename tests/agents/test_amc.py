@@ -1,0 +1,227 @@
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from stable_baselines3.common.buffers import NStepReplayBuffer
+
+from autoprune.agents import amc
+from autoprune.agents.amc import AMCAgent, truncated_normal
+from autoprune.agents.base import Agent
+from autoprune.agents.random import RandomAgent
+from autoprune.environment import Observation, PruningEnv
+from autoprune.errors import ConfigError
+from autoprune.testing import AgentContract, SyntheticEvaluator, run_agent, synthetic_env
+
+WIDTHS = (16, 16, 16, 32, 32, 32)
+
+
+class TestAMCAgent(AgentContract):
+    @pytest.fixture
+    def agent(self) -> Agent:
+        return AMCAgent()
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+def searched(agent: Agent, seed: int) -> tuple[float, float]:
+    """Return the best accuracy of a search, and the mean one of its last quarter."""
+    env, evaluator = synthetic_env(evaluations=48, seed=seed, widths=WIDTHS)
+    run_agent(agent, env, seed=seed)
+    accuracies = [candidate.accuracy for candidate in evaluator.candidates]
+    return max(accuracies), float(np.mean(accuracies[-12:]))
+
+
+def test_beats_random_at_equal_evaluations() -> None:
+    by_amc = np.mean([searched(AMCAgent(), seed) for seed in range(3)], axis=0)
+    by_random = np.mean([searched(RandomAgent(), seed) for seed in range(3)], axis=0)
+    best, late = by_amc - by_random
+    assert late > 0.03
+    assert best > 0.0
+
+
+# -- what is replayed -------------------------------------------------------------------------------------------------
+
+
+class Recorder(NStepReplayBuffer):
+    """Keeps what was added and counts what was sampled."""
+
+    made: "list[Recorder]" = []  # noqa: RUF012 - the agent makes the memory, so this is how the test finds it
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.replayed: Counter[int] = Counter()
+        self.made.append(self)
+
+    def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> Any:
+        self.replayed.update(batch_inds.tolist())
+        return super()._get_samples(batch_inds, env)
+
+
+class RecordingReplay(Recorder, amc._Replay):
+    pass
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> tuple[PruningEnv, SyntheticEvaluator, Recorder]:
+    """A finished search of 20 candidates, and its replay memory."""
+    monkeypatch.setattr(amc, "_Replay", RecordingReplay)
+    monkeypatch.setattr(Recorder, "made", [])
+    env, evaluator = synthetic_env(evaluations=20)
+    run_agent(AMCAgent(), env, seed=0)
+    return env, evaluator, Recorder.made[0]
+
+
+def test_the_first_transition_of_an_episode_is_replayed_as_often_as_any(
+    memory: tuple[PruningEnv, SyntheticEvaluator, Recorder],
+) -> None:
+    env, _, replay = memory
+    decisions = len(env.feasible.structure)
+    by_place = Counter[int]()
+    for index, times in replay.replayed.items():
+        by_place[index % decisions] += times
+    shares = np.array([by_place[place] for place in range(decisions)]) / sum(by_place.values())
+    assert shares == pytest.approx(1 / decisions, abs=0.02)
+
+
+def test_the_executed_action_is_what_is_replayed(memory: tuple[PruningEnv, SyntheticEvaluator, Recorder]) -> None:
+    env, evaluator, replay = memory
+    decisions = len(env.feasible.structure)
+    seen = []
+    for start in range(0, replay.pos - decisions + 1, decisions):  # the last episode was cut short
+        env.reset()
+        for index in range(start, start + decisions - 1):
+            after, *_ = env.step(replay.actions[index, 0])
+            assert after == pytest.approx(replay.next_observations[index, 0])
+        removed = [*env._removed[:-1]]
+        low, high = env.interval
+        removed.append(round(low + (float(replay.actions[start + decisions - 1, 0, 0]) + 1) / 2 * (high - low)))
+        seen.append(env.feasible.policy(np.array(removed)))
+    evaluated = [candidate.policy for candidate in evaluator.candidates]
+    assert list(dict.fromkeys(seen)) == evaluated
+
+
+def test_observation_and_action_belong_to_the_same_group(
+    memory: tuple[PruningEnv, SyntheticEvaluator, Recorder],
+) -> None:
+    env, _, replay = memory
+    decisions = len(env.feasible.structure)
+    place = Observation._fields.index("position")
+    for index in range(replay.pos):
+        assert replay.observations[index, 0, place] == pytest.approx(index % decisions / decisions)
+
+
+def test_the_reward_stands_at_the_last_transition_only(
+    memory: tuple[PruningEnv, SyntheticEvaluator, Recorder],
+) -> None:
+    env, evaluator, replay = memory
+    decisions = len(env.feasible.structure)
+    accuracies = {np.float32(candidate.accuracy) for candidate in evaluator.candidates}
+    for index in range(replay.pos):
+        last = index % decisions == decisions - 1
+        assert replay.dones[index, 0] == last
+        assert (replay.rewards[index, 0] in accuracies) if last else (replay.rewards[index, 0] == 0)
+
+
+def test_the_baseline_is_a_moving_average_of_final_rewards() -> None:
+    env, _ = synthetic_env(evaluations=1, widths=(8, 8))
+    replay = amc._Replay(10, env.observation_space, env.action_space, device="cpu", n_steps=2, gamma=1.0)
+    zeros, action = np.zeros(env.observation_space.shape, np.float32), np.zeros(1, np.float32)
+    with amc._LentGenerators(0).lent():
+        for reward, done in ((0.0, False), (0.8, True)):
+            replay.add(zeros, zeros, action, np.array([reward]), np.array([done]), [{}])
+        assert replay.sample(8).rewards.numpy() == pytest.approx(0.0, abs=1e-6)  # 0.8 less 0.8, at both transitions
+        replay.rewards[1] = 0.4
+        assert replay.sample(8).rewards.numpy() == pytest.approx(-0.2, abs=1e-6)  # the baseline is (0.8 + 0.4) / 2
+
+
+# -- how it searches --------------------------------------------------------------------------------------------------
+
+
+def test_warm_starts_come_first_and_as_they_are() -> None:
+    env, evaluator = synthetic_env(evaluations=6)
+    starts = [env.space.decode([0.1, 0.9, 0.5, 0.2]), env.space.decode([0.9, 0.1, 0.5, 0.2])]
+    warm = PruningEnv(env.feasible, env.space, evaluator, value=lambda c: c.accuracy, evaluations=6, warm_starts=starts)
+    run_agent(AMCAgent(), warm, seed=0)
+    assert [candidate.policy for candidate in evaluator.candidates[:2]] == starts
+
+
+def test_the_warm_up_fills_the_budget() -> None:
+    env, evaluator = synthetic_env(evaluations=12)
+    run_agent(AMCAgent(warmup=12), env, seed=0)
+    used = [env.feasible.utilisation(env.feasible.removed(c.policy)) for c in evaluator.candidates]
+    assert min(used) > 0.9
+
+
+def test_actor_and_critic_learn_at_their_own_rates() -> None:
+    env, _ = synthetic_env(evaluations=1)
+    with amc._LentGenerators(0).lent():
+        learner = AMCAgent(actor_lr=3e-4, critic_lr=2e-3)._learner(env)
+        learner.remember(env.reset()[0], np.zeros(1, np.float32), 1.0, True, env.reset()[0])
+        learner.train(1, 4)
+    assert learner.actor.optimizer.param_groups[0]["lr"] == 3e-4
+    assert learner.critic.optimizer.param_groups[0]["lr"] == 2e-3
+
+
+@pytest.mark.parametrize(
+    "settings", [{"warmup": 0}, {"sigma": 0.0}, {"updates": 0}, {"actor_lr": -1.0}, {"critic_lr": 0.0}]
+)
+def test_useless_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="> 0` must hold"):
+        AMCAgent(**settings)
+
+
+def test_the_papers_settings_run() -> None:
+    env, evaluator = synthetic_env(evaluations=8)
+    run_agent(AMCAgent(warmup=2, updates=1, actor_lr=1e-4, bootstrap_after=1), env, seed=0)
+    assert len(evaluator.candidates) == 8
+
+
+# -- randomness -------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(-1, 1), st.floats(1e-6, 1e3), st.integers(0, 1000))
+def test_exploration_stays_in_the_action_space(mean: float, sigma: float, seed: int) -> None:
+    action = truncated_normal(mean, sigma, np.random.default_rng(seed))
+    assert action.shape == (1,)
+    assert -1 <= action[0] <= 1
+
+
+def test_exploration_is_cut_not_clipped() -> None:
+    # Clipping would put a third of the draws on the bound itself.
+    rng = np.random.default_rng(0)
+    drawn = np.array([truncated_normal(0.8, 0.5, rng)[0] for _ in range(2000)])
+    assert np.mean(drawn == 1.0) == 0.0
+    assert drawn.mean() == pytest.approx(0.8 - 0.5 * 0.5617, abs=0.03)  # of the cut normal: mean + sigma * -0.5617
+
+
+def test_lent_generators_go_on_where_they_stopped() -> None:
+    whole, parts = amc._LentGenerators(5), amc._LentGenerators(5)
+    with whole.lent():
+        expected = [torch.rand(2).tolist(), np.random.rand(2).tolist()]  # noqa: NPY002 - it is the global one
+    with parts.lent():
+        first = torch.rand(1).item(), np.random.rand()  # noqa: NPY002
+    torch.rand(3)
+    with parts.lent():
+        second = torch.rand(1).item(), np.random.rand()  # noqa: NPY002
+    assert expected == [[first[0], second[0]], [first[1], second[1]]]
+
+
+def test_generators_come_back_when_the_borrower_fails() -> None:
+    threads = torch.get_num_threads()
+    before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
+    borrower = amc._LentGenerators(0).lent()
+    borrower.__enter__()
+    torch.rand(1)
+    np.random.rand()  # noqa: NPY002
+    assert torch.get_num_threads() == 1
+    assert not torch.equal(torch.get_rng_state(), before[0])
+    assert not borrower.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.get_num_threads() == threads
+    assert (repr(np.random.get_state()), random.getstate()) == before[1:]  # noqa: NPY002

@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+from autoprune import registry
+from autoprune.scoring import Evidence, removal_orders
+from autoprune.scoring.base import per_element, sum_of_weights
+from autoprune.structure import Slice, Structure, analyse
+from autoprune.testing import TinyNet, TinyResNet
+
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+
+
+def evidence(seed=0):
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = torch.randn(6, 1, 8, 8, generator=generator), torch.arange(6)
+    loss = torch.nn.CrossEntropyLoss(reduction="none")
+    return Evidence([(inputs[:4], targets[:4]), (inputs[4:], targets[4:])], loss, seed)
+
+
+class TestPerElement:
+    def test_one_position_each(self):
+        values = torch.arange(6.0).view(2, 3)
+        assert per_element(values, Slice("w", 0, torch.tensor([[0], [1]]), "written")).tolist() == [3, 12]
+        assert per_element(values, Slice("w", 1, torch.tensor([[2], [0]]), "read")).tolist() == [7, 3]
+
+    def test_several_positions_each(self):
+        part = Slice("w", 1, torch.tensor([[0, 1], [2, 3]]), "read")
+        assert per_element(torch.arange(8.0).view(2, 4), part).tolist() == [0 + 4 + 1 + 5, 2 + 6 + 3 + 7]
+
+    def test_vectors_and_convolutions(self):
+        assert per_element(torch.tensor([5.0, 6.0]), Slice("b", 0, torch.tensor([[1], [0]]), "written")).tolist() == [
+            6,
+            5,
+        ]
+        part = Slice("w", 0, torch.tensor([[0], [1]]), "written")
+        assert per_element(torch.ones(2, 3, 3, 3), part).tolist() == [27, 27]
+
+
+class TestSumOfWeights:
+    def test_biases_and_norms_are_left_out(self):
+        net = TinyNet()
+        structure = analyse(net, EXAMPLE)
+        before = sum_of_weights(net, structure["conv1"], torch.abs)
+        with torch.no_grad():
+            net.conv1.bias.fill_(100)
+            net.bn1.weight.fill_(100)
+        assert torch.equal(sum_of_weights(net, structure["conv1"], torch.abs), before)
+        assert not before.requires_grad
+
+    def test_every_writer_and_reader_counts(self):
+        net = TinyResNet()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.fill_(1)
+        structure = analyse(net, EXAMPLE)
+        conv, stem, fc = 8 * 9, 9, 10
+        assert sum_of_weights(net, structure["stem"], torch.abs).tolist() == [stem + conv + conv + fc] * 8
+        assert sum_of_weights(net, structure["conv1"], torch.abs).tolist() == [conv + conv] * 8
+
+
+class TestRemovalOrders:
+    def test_the_least_goes_first(self):
+        assert removal_orders({"a": torch.tensor([3.0, 1.0, 2.0])}) == {"a": [1, 2, 0]}
+
+    def test_ties_go_by_number(self):
+        scores = torch.tensor([1.0, 0.0] * 40)
+        assert removal_orders({"a": scores})["a"] == [*range(1, 80, 2), *range(0, 80, 2)]
+
+
+class TestEveryCriterion:
+    @pytest.fixture(params=registry.names("criterion"))
+    def criterion(self, request):
+        return registry.resolve("criterion", request.param)()
+
+    @pytest.mark.parametrize("make", [TinyNet, TinyResNet])
+    def test_it_scores_every_element_of_every_group(self, criterion, make):
+        net = make()
+        structure = analyse(net, EXAMPLE)
+        scores = criterion.score(net, structure, evidence())
+        assert list(scores) == list(structure.names)
+        for name, score in scores.items():
+            assert score.shape == (structure[name].size,)
+            assert torch.isfinite(score).all()
+            assert not score.requires_grad
+
+    def test_a_residual_group_is_not_worth_nothing(self, criterion):
+        net = TinyResNet()
+        structure = analyse(net, EXAMPLE)
+        assert (criterion.score(net, structure, evidence())["stem"] > 0).all()
+
+    @pytest.mark.usefixtures("global_rng_untouched")
+    def test_the_network_is_not_changed(self, criterion):
+        with torch.random.fork_rng():
+            net = TinyNet().train()
+        net.fc.weight.requires_grad_(False)
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        criterion.score(net, analyse(net, EXAMPLE), evidence())
+        assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+        assert net.training
+        assert [name for name, parameter in net.named_parameters() if not parameter.requires_grad] == ["fc.weight"]
+        assert all(parameter.grad is None for parameter in net.parameters())
+
+    def test_it_repeats(self, criterion):
+        net = TinyNet()
+        structure = analyse(net, EXAMPLE)
+        one, other = (criterion.score(net, structure, evidence(seed=5)) for _ in range(2))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+    def test_no_groups_have_no_scores(self, criterion):
+        assert criterion.score(TinyNet(), Structure(()), evidence()) == {}

@@ -1,0 +1,930 @@
+"""The search from end to end: what it leaves, that nothing is lost when it is killed, and what its numbers mean."""
+
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autoprune import export
+from autoprune.cost import Cost, CostModel, count
+from autoprune.data import TensorSplit
+from autoprune.errors import (
+    ConfigError,
+    DivergedError,
+    InfeasibleBudgetError,
+    RecalibrationWarning,
+    RunError,
+    TaskError,
+    TestSetError,
+    UnknownNameError,
+)
+from autoprune.evaluation import Candidate, Evaluator, Measurement, measure
+from autoprune.finaliser import PrunedNetwork
+from autoprune.finetuning import Recipe, recalibrate, train
+from autoprune.pareto import front, hypervolume
+from autoprune.policy import Policy
+from autoprune.progress import Silent
+from autoprune.result import SearchResult, open_run
+from autoprune.search import search
+from autoprune.sensitivity import SensitivityReport
+from autoprune.structure import analyse
+from autoprune.task import Task, cross_entropy, top1
+from autoprune.tracking import NullTracker
+
+result_module = importlib.import_module("autoprune.result")
+search_module = importlib.import_module("autoprune.search")  # the package's attribute of that name is the function
+pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+
+SETTINGS: dict[str, Any] = {
+    "budget": "macs<=50%",
+    "candidates": 6,
+    "control": 2,
+    "finetune_steps": 2,
+    "lr": 0.05,
+    "calibration_images": 200,
+    "seed": 3,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Faster for networks this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Net(nn.Module):
+    """Three convolutions, two of them around a shortcut: two groups of 12 and 10, and one of 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 12, 3, padding=1, bias=False)
+        self.bn0 = nn.BatchNorm2d(12)
+        self.conv1 = nn.Conv2d(12, 10, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(10)
+        self.conv2 = nn.Conv2d(10, 12, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(12)
+        self.head = nn.Conv2d(12, 8, 1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        stream = functional.relu(self.bn0(self.stem(images)))
+        inner = functional.relu(self.bn1(self.conv1(stream)))
+        stream = functional.relu(stream + self.bn2(self.conv2(inner)))
+        return self.fc(functional.relu(self.head(stream)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def samples(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images of four noisy patterns, `(n, 1, 8, 8)`, and which of them each is."""
+    patterns = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(99))
+    targets = torch.arange(n) % 4
+    return patterns[targets] + torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed)), targets
+
+
+class SealedSplit:
+    """A test split that notes every sample that is read of it."""
+
+    def __init__(self) -> None:
+        self._split = TensorSplit(*samples(60, 3))
+        self.passes = 0
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def batches(self, batch_size: int, *, shuffle: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        return self._split.batches(batch_size, shuffle=shuffle)
+
+    def digest(self) -> str:
+        return self._split.digest()
+
+
+@functools.cache
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = Net()
+    task = Task(model, train=samples(200, 1), val=samples(101, 2))
+    train(model, task.train_batches(40, 0), 80, recipe=Recipe(lr=0.2), loss=cross_entropy, seed=0)
+    recalibrate(model, task.calibration_batches(200, 250, 0))
+    return model
+
+
+def make_task(**changes: Any) -> Task:
+    options = {"train": samples(200, 1), "val": samples(101, 2), "test": samples(60, 3)} | changes
+    return Task(options.pop("model", network()), **options)
+
+
+class Probe(NullTracker):
+    """Notes what a search tells its tracker, and stops it there if wanted."""
+
+    def __init__(self, kill_at: int | None = None) -> None:
+        self.calls: list[str] = []
+        self.candidates: list[Candidate] = []
+        self.finished: dict[str, Any] = {}
+        self._kill_at = kill_at
+
+    def start(self, params: Mapping[str, object], tags: Mapping[str, str]) -> None:
+        self.calls.append("start")
+
+    def candidate(self, candidate: Candidate) -> None:
+        self.calls.append("candidate")
+        self.candidates.append(candidate)
+        if len(self.candidates) == self._kill_at:
+            raise KeyboardInterrupt
+
+    def finish(self, **outcome: Any) -> None:
+        self.calls.append("finish")
+        self.finished = outcome
+
+
+class Watcher(Silent):
+    """Keeps all lines and steps, and calls back at every step."""
+
+    def __init__(self, at_step: Callable[[str, int], None] = lambda *_: None) -> None:
+        self.lines: list[str] = []
+        self.steps: list[tuple[str, int, str]] = []
+        self._at_step = at_step
+        self._stage = ""
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def begin(self, stage: str, total: int) -> None:
+        self._stage = stage
+
+    def step(self, done: int, text: str) -> None:
+        self.steps.append((self._stage, done, text))
+        self._at_step(self._stage, done)
+
+
+def run(out: Path, task: Task | None = None, **changes: Any) -> SearchResult:
+    options: dict[str, Any] = {"tracker": NullTracker()} | SETTINGS | changes
+    return search(make_task() if task is None else task, out=out, **options)
+
+
+def ledger_of(out: Path) -> list[dict[str, Any]]:
+    """Return the ledger's lines, without the time that they took."""
+    lines = [json.loads(line) for line in (out / "ledger.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def read(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def one_line(error: pytest.ExceptionInfo[Any]) -> bool:
+    return "\n" not in str(error.value)
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes the time at the end: report, figures and the exported program."""
+    monkeypatch.setattr(search_module, "render", lambda folder: folder.report)
+    monkeypatch.setattr(result_module, "render", lambda folder: folder.report)
+    monkeypatch.setattr(export, "_save_program", lambda *_: None)
+
+
+Formula = Callable[[Mapping[str, int], Cost], float]
+
+
+@pytest.fixture
+def formula(light: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Formula], None]:
+    """Let a formula in the counts and the cost stand in for what candidates measure."""
+
+    def use(accuracy: Formula) -> None:
+        def recovered(self: Evaluator, policy: Policy) -> tuple[nn.Module, tuple[Measurement, ...]]:
+            removed = self.bench.structure.removed(policy)
+            value = accuracy(removed, self.costs.cost(removed))
+            if math.isnan(value):
+                raise DivergedError("the loss is nan at fine-tuning step 1 of 2")
+            return self.bench.sliced(removed), (Measurement("recalibrated", value, 0.01, 1 - value, 0.01),)
+
+        monkeypatch.setattr(Evaluator, "recovered", recovered)
+
+    return use
+
+
+@dataclasses.dataclass
+class Done:
+    """One finished search that many tests look at."""
+
+    out: Path
+    task: Task
+    split: SealedSplit
+    tracker: Probe
+    watcher: Watcher
+    result: SearchResult
+    before: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    out, split = tmp_path_factory.mktemp("search") / "run", SealedSplit()
+    task, tracker, watcher = make_task(test=split), Probe(), Watcher()
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    result = run(out, task, tracker=tracker, progress=watcher)
+    return Done(out, task, split, tracker, watcher, result, before)
+
+
+# --------------------------------------------------------------------------------------------------- what it leaves
+
+
+def test_all_files_are_there(done: Done) -> None:
+    names = {path.name for path in done.out.iterdir()}
+    assert {"config.json", "sensitivity.json", "ledger.jsonl", "front.json", "result.json", "report.html"} <= names
+    assert {path.name for path in (done.out / "pruned").iterdir()} == {
+        *("model.safetensors", "recipe.json", "program.pt2")
+    }
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_the_config_holds_everything_resolved(done: Done) -> None:
+    config = read(done.out / "config.json")
+    assert config["format"] == 1
+    assert config["task"] == done.task.describe()
+    assert config["digest"] == done.task.digest()
+    assert config["search"] == SETTINGS | {
+        **{"agent": "tpe", "space": "group", "max_drop": None, "criterion": "l1"},
+        **{"sensitivity": [0.25, 0.5, 0.75], "max_sparsity": 0.9, "bounds": {}},
+    }
+    assert {"python", "torch", "optuna", "autoprune"} <= config["versions"].keys()
+
+
+def test_a_line_of_the_ledger_for_every_candidate_in_order(done: Done) -> None:
+    lines = ledger_of(done.out)
+    assert [line["number"] for line in lines] == list(range(len(lines)))
+    assert len({line["id"] for line in lines}) == len(lines)
+    arms = [line["arm"] for line in lines]
+    assert arms[0] == "uniform"
+    assert arms.count("random") == 2
+    assert {line["agent"] for line in lines if line["arm"] == "search"} == {"tpe"}
+    structure = analyse(done.task.model, done.task.example_input)
+    costs = CostModel(done.task.model, done.task.example_input, structure)
+    for line in lines:
+        assert structure.removed(Policy(line["policy"])) == line["removed"]
+        assert costs.cost(line["removed"]).to_dict() == {key: line[key] for key in ("macs", "params", "bytes")}
+        assert [m["fidelity"] for m in line["measurements"]] == ["recalibrated", "short"]
+        assert line["macs"] <= costs.dense.macs / 2
+        assert line["failure"] is None
+
+
+def test_the_result_says_what_happened(done: Done) -> None:
+    result = read(done.out / "result.json")
+    lines = ledger_of(done.out)
+    assert result == json.loads(json.dumps(done.result.summary))
+    assert (result["agent"], result["budget"], result["max_drop"]) == ("tpe", "macs<=50%", None)
+    assert result["evaluations"] == len(lines)
+    assert result["candidates"] == 6
+    assert result["stopped"] is None
+    assert result["seconds"] > 0
+    dense = measure(done.task.model, done.task.val_batches(500), top1, cross_entropy).summary("dense")
+    assert result["dense"]["accuracy"] == dense.accuracy
+    assert result["dense"]["accuracy_se"] == pytest.approx(dense.accuracy_se)
+    assert result["dense"]["macs"] == count(done.task.model, done.task.example_input).cost.macs
+    best = max(lines, key=lambda line: (line["measurements"][-1]["accuracy"], -line["macs"]))
+    assert result["picked"] == {
+        **{key: best[key] for key in ("id", "arm", "policy", "removed", "macs", "params", "bytes")},
+        **{key: best["measurements"][-1][key] for key in ("accuracy", "accuracy_se", "fidelity")},
+        "rule": "most accurate within macs<=50%",
+    }
+
+
+def test_the_front_is_that_of_all_candidates(done: Done) -> None:
+    document = read(done.out / "front.json")
+    members = front(done.result.candidates)
+    reference = {"accuracy": 0.0, **{key: done.result.dense[key] for key in ("macs", "params")}}
+    assert document["objectives"] == ["accuracy", "macs", "params"]
+    assert document["reference"] == reference
+    assert document["hypervolume"] == pytest.approx(hypervolume(members, reference))
+    assert [point["id"] for point in document["points"]] == [member.id for member in members]
+    assert list(document["points"][0]) == [
+        *("id", "arm", "policy", "accuracy", "accuracy_se", "macs", "params", "bytes", "fidelity")
+    ]
+    assert done.result.front == members
+
+
+def test_in_short_it_is_one_json_object(done: Done) -> None:
+    short = json.loads(json.dumps(done.result.to_dict()))
+    assert list(short) == ["dense", "candidates", "front", "picked", "run"]
+    assert list(short["dense"]) == ["accuracy", "macs", "params"]
+    assert list(short["picked"]) == ["policy", "accuracy", "macs", "params", "fidelity"]
+    assert short["candidates"] == 6
+    assert short["run"] == str(done.out)
+
+
+# ------------------------------------------------------------------------------------------------- what it compares
+
+
+def test_uniform_at_the_picked_candidates_cost_is_evaluated(done: Done) -> None:
+    """The least uniform sparsity that costs no more: no other multiple of the highest counts comes nearer."""
+    picked, uniform = done.result.summary["picked"], done.result.summary["uniform"]
+    structure = analyse(done.task.model, done.task.example_input)
+    costs = CostModel(done.task.model, done.task.example_input, structure)
+    highest = np.array([group.count(0.9) for group in structure])
+    line = [np.rint(share * highest).astype(np.int64) for share in np.linspace(0, 1, 4001)]
+    nearest = max(macs for counts in line if (macs := costs.cost(counts).macs) <= picked["macs"])
+    assert uniform["macs"] == nearest
+    assert uniform["id"] in {entry["id"] for entry in ledger_of(done.out)}
+
+
+def test_the_random_control_has_the_stated_size(done: Done) -> None:
+    control = done.result.summary["random"]
+    randoms = [line for line in ledger_of(done.out) if line["arm"] == "random"]
+    assert control["size"] == len(randoms) == 2
+    assert control["best"]["accuracy"] == max(line["measurements"][-1]["accuracy"] for line in randoms)
+
+
+def test_the_gap_between_predicted_and_joint_accuracy(done: Done) -> None:
+    report = SensitivityReport.load(done.out / "sensitivity.json")
+    picked = done.result.summary["picked"]
+    lost = sum(report.curve(name).drop_at(removed) for name, removed in picked["removed"].items())
+    joint = next(c for c in done.result.candidates if c.id == picked["id"]).measurements[0]
+    predicted = done.result.summary["predicted"]
+    assert joint.fidelity == "recalibrated"
+    assert predicted["accuracy"] == pytest.approx(max(0.0, report.dense.accuracy - lost))
+    assert predicted["gap"] == pytest.approx(joint.accuracy - predicted["accuracy"])
+
+
+def test_the_picked_network_reloads_to_the_accuracy_that_was_measured(done: Done) -> None:
+    picked = done.result.summary["picked"]
+    loaded = export.load(done.out / "pruned", build=Net)
+    assert count(loaded, done.task.example_input).cost.macs == picked["macs"]
+    measured = measure(loaded, done.task.val_batches(33), top1, cross_entropy).summary("short")
+    assert measured.accuracy == picked["accuracy"]
+    assert export.recipe_of(done.out / "pruned")["measured"]["accuracy"] == picked["accuracy"]
+    program = torch.export.load(done.out / "pruned" / "program.pt2").module()
+    images, targets = samples(101, 2)
+    with torch.no_grad():
+        assert float(top1(program(images), targets).double().mean()) == pytest.approx(picked["accuracy"])
+
+
+# ------------------------------------------------------------------------------------------- what it leaves alone
+
+
+def test_the_input_network_and_the_test_set_are_untouched(done: Done) -> None:
+    for name, tensor in done.task.model.state_dict().items():
+        assert torch.equal(done.before[name], tensor)
+    assert [p.name for p in done.out.iterdir() if p.name == "final.json"] == []
+
+
+def test_no_sample_of_the_test_split_is_read(tmp_path: Path, light: None) -> None:
+    split = SealedSplit()
+    task = make_task(test=split)
+    passes = split.passes  # the check that splits do not overlap
+    run(tmp_path / "run", task, candidates=2, sensitivity=(0.5,)).pick().finetune(epochs=1)
+    assert split.passes == passes
+    with pytest.raises(TestSetError):
+        _ = task.test
+
+
+# -------------------------------------------------------------------------------------------------------- watching it
+
+
+def test_it_says_first_what_can_be_reached_and_what_it_will_cost(done: Done) -> None:
+    table, preview = done.watcher.lines
+    rows = table.splitlines()
+    macs = [cell.replace(",", "") for cell in rows[1].split()]
+    dense = done.result.dense["macs"]
+    assert macs[:2] == ["macs", str(dense)]
+    assert macs[-1] == f"{dense / 2:.0f}"
+    assert rows[-1] == "3 groups can be pruned; locked: fc (its elements are the network's output)"
+    assert preview.startswith("at most 9 sensitivity cells of ")
+    assert " and 10 evaluations of " in preview
+
+
+def test_every_cell_and_candidate_is_a_step(done: Done) -> None:
+    searched = sum(c.arm == "search" for c in done.result.candidates)  # the others of its six, a control had before
+    assert [stage for stage, *_ in done.watcher.steps] == ["sensitivity"] * 9 + ["search"] * (1 + 2 + searched)
+    assert [number for stage, number, _ in done.watcher.steps if stage == "search"] == list(range(1, 4 + searched))
+    last = done.watcher.steps[-1][2]
+    best = max(c.accuracy for c in done.result.candidates if c.number < 3 + searched)
+    assert last.startswith("tpe accuracy 0.")
+    assert last.endswith(f"of the MACs, best {best:.4f}")
+
+
+def test_the_tracker_hears_of_every_candidate_once_and_of_the_end(done: Done) -> None:
+    calls = done.tracker.calls
+    assert (calls[0], calls[-1]) == ("start", "finish")
+    assert [c.id for c in done.tracker.candidates] == [c.id for c in done.result.candidates]
+    finished = done.tracker.finished
+    assert finished["status"] == "FINISHED"
+    assert finished["metrics"]["picked.accuracy"] == done.result.summary["picked"]["accuracy"]
+    assert {"config.json", "sensitivity.json", "ledger.jsonl", "front.json", "report.html"} <= {
+        path.name for path in finished["artifacts"]
+    }
+    assert isinstance(finished["model"], nn.Module)
+
+
+def test_the_tracker_is_told_whether_it_was_stopped_or_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = Probe(kill_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", tracker=killed, sensitivity=())
+    assert killed.finished["status"] == "KILLED"
+
+    def broken(self: Evaluator, policy: Policy) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Evaluator, "recovered", broken)
+    failed = Probe()
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "failed", tracker=failed, sensitivity=())
+    assert failed.finished["status"] == "FAILED"
+    assert failed.finished["model"] is None
+
+
+# ------------------------------------------------------------------------------------------- repeating and resuming
+
+
+def test_the_same_seed_gives_the_same_ledger_and_another_does_not(done: Done, tmp_path: Path, light: None) -> None:
+    again = run(tmp_path / "again")
+    assert ledger_of(tmp_path / "again") == ledger_of(done.out)
+    assert again.summary["picked"] == done.result.summary["picked"]
+    run(tmp_path / "other", seed=4)
+    assert ledger_of(tmp_path / "other") != ledger_of(done.out)
+
+
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_ledger(
+    done: Done, tmp_path: Path, light: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """During the analysis, in each arm, in the middle of a write, and while it concludes."""
+    out, whole = tmp_path / "run", ledger_of(done.out)
+
+    def in_the_analysis(stage: str, number: int) -> None:
+        if (stage, number) == ("sensitivity", 4):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out, progress=Watcher(in_the_analysis))
+    cells = [cell for row in SensitivityReport.load(out / "sensitivity.json").groups for cell in row.cells]
+    assert len(cells) == 4
+    for kill_at in (1, 3, 4, 6, 8):
+        tracker = Probe(kill_at)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, tracker=tracker)
+        assert ledger_of(out) == whole[:kill_at]  # nothing of it was lost
+        assert [c.id for c in tracker.candidates] == [line["id"] for line in whole[:kill_at]]
+        with (out / "ledger.jsonl").open("a") as file:
+            file.write('{"number": 7, "id": "torn')
+    with pytest.raises(RunError, match=r"has no result\.json"):
+        open_run(out, make_task())
+
+    def killed(self: PrunedNetwork, folder: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrunedNetwork, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(out)
+    assert not (out / "result.json").exists()
+    watcher = Watcher()
+    result = run(out, progress=watcher)
+    assert ledger_of(out) == whole
+    assert result.summary | {"seconds": 0} == done.result.summary | {"seconds": 0}
+    assert read(out / "front.json") == read(done.out / "front.json")
+    assert (out / "sensitivity.json").read_bytes() == (done.out / "sensitivity.json").read_bytes()
+    assert watcher.lines[0] == f"going on with {out}: {len(whole)} candidates are there"
+
+
+def test_uniform_at_the_same_cost_may_be_the_better_pick_and_killing_there_changes_nothing(
+    tmp_path: Path, formula: Callable[[Formula], None]
+) -> None:
+    """The pick that was written is the one that the ledger gives, whenever one asks."""
+
+    def cheap_uniform_is_best(removed: Mapping[str, int], cost: Cost) -> float:
+        uniform = np.ptp([removed["stem"] / 12, removed["conv1"] / 10, removed["head"] / 8]) < 0.15
+        return 0.95 if uniform and cost.macs < 60_000 else 0.8 - cost.macs / 1e6
+
+    formula(cheap_uniform_is_best)
+    whole = run(tmp_path / "whole", sensitivity=(), agent="random")
+    assert whole.summary["picked"]["arm"] == "uniform"
+    assert whole.summary["picked"]["accuracy"] == max(c.accuracy for c in whole.candidates)
+    assert whole.pick().candidate.id == whole.summary["picked"]["id"]
+    assert whole.summary["uniform"]["id"] == whole.summary["picked"]["id"]
+    first_after_the_arms = 1 + 2 + 6 + 1
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", sensitivity=(), agent="random", tracker=Probe(first_after_the_arms))
+    again = run(tmp_path / "killed", sensitivity=(), agent="random")
+    assert ledger_of(tmp_path / "killed") == ledger_of(tmp_path / "whole")
+    assert again.summary["picked"] == whole.summary["picked"]
+
+
+def test_a_finished_folder_answers_without_evaluating(done: Done, monkeypatch: pytest.MonkeyPatch, light: None) -> None:
+    def forbidden(*_: Any) -> Any:
+        raise AssertionError("it was finished")
+
+    monkeypatch.setattr(Evaluator, "recovered", forbidden)
+    monkeypatch.setattr(search_module, "analyse_sensitivity", forbidden)
+    before = {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
+    tracker, watcher = Probe(), Watcher()
+    again = run(done.out, tracker=tracker, progress=watcher)
+    assert again.summary == json.loads(json.dumps(done.result.summary))
+    assert again.candidates == done.result.candidates
+    assert tracker.calls == []
+    assert watcher.lines == [f"{done.out} holds this search's result already"]
+    assert {path: path.stat().st_mtime_ns for path in done.out.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"budget": "macs<=60%"}, "budget"),
+        ({"max_drop": 0.1}, "max_drop"),
+        ({"agent": "random"}, "agent"),
+        ({"candidates": 7}, "candidates"),
+        ({"seed": 4}, "seed"),
+        ({"finetune_steps": 1}, "finetune_steps"),
+        ({"bounds": {"stem": {"lock": True}}}, "bounds"),
+    ],
+)
+def test_another_search_does_not_get_the_folder(done: Done, change: dict[str, Any], key: str) -> None:
+    before = (done.out / "ledger.jsonl").read_bytes(), (done.out / "config.json").read_bytes()
+    with pytest.raises(RunError, match=rf"holds another search: its {key} is .*, not .*; name another folder") as error:
+        run(done.out, **change)
+    assert one_line(error)
+    assert ((done.out / "ledger.jsonl").read_bytes(), (done.out / "config.json").read_bytes()) == before
+
+
+@pytest.mark.parametrize("key", ["weights", "data", "metric", "loss", "augment"])
+def test_another_task_does_not_get_the_folder(done: Done, key: str) -> None:
+    changes: dict[str, Any] = {
+        "data": {"val": samples(101, 7)},
+        "metric": {"metric": lambda outputs, targets: (outputs.argmax(1) == targets).float()},
+        "loss": {"loss": lambda outputs, targets: 2 * cross_entropy(outputs, targets)},
+        "augment": {"augment": lambda inputs, generator: inputs},
+    }.get(key, {})
+    task = make_task(**changes)
+    if key == "weights":
+        other = task.fresh_model()
+        other.get_parameter("fc.bias").data[0] += 0.1
+        task = make_task(model=other)
+    with pytest.raises(RunError, match=f"holds another search: its {key} is"):
+        run(done.out, task)
+
+
+def test_a_budget_that_is_out_of_reach_does_not_block_its_folder(tmp_path: Path, light: None) -> None:
+    with pytest.raises(InfeasibleBudgetError) as error:
+        run(tmp_path / "run", budget="macs<=1%")
+    assert one_line(error)
+    corrected = run(tmp_path / "run", candidates=1, control=0, sensitivity=())
+    assert corrected.summary["budget"] == "macs<=50%"
+
+
+# ----------------------------------------------------------------------------------------------------- other questions
+
+
+def test_max_drop_alone_looks_for_the_cheapest_within_it(tmp_path: Path, formula: Callable[[Formula], None]) -> None:
+    formula(lambda removed, cost: 0.95 - removed["stem"] / 12 * 0.5 - removed["head"] / 8 * 0.01)
+    task = make_task()
+    dense = measure(task.model, task.val_batches(), top1, cross_entropy).summary("dense").accuracy
+    result = run(tmp_path / "run", task, budget=None, max_drop=0.1, candidates=25, sensitivity=())
+    picked = result.summary["picked"]
+    assert picked["rule"] == "cheapest within a drop of 0.1"
+    assert picked["accuracy"] >= dense - 0.1
+    assert picked["macs"] < 0.7 * result.dense["macs"]
+    within = [c for c in result.candidates if c.accuracy >= dense - 0.1 - 1e-9]
+    assert picked["macs"] == min(c.macs for c in within)
+    assert result.summary["max_drop"] == 0.1
+    assert result.summary["budget"] is None
+
+
+def test_nothing_within_the_drop_falls_back_and_says_so(tmp_path: Path, formula: Callable[[Formula], None]) -> None:
+    formula(lambda removed, cost: 0.5 + cost.macs / 1e6)
+    result = run(tmp_path / "run", max_drop=0.01, sensitivity=())
+    picked = result.summary["picked"]
+    assert picked["rule"] == "most accurate found; none is within a drop of 0.01"
+    assert picked["accuracy"] == max(c.accuracy for c in result.candidates)
+    with pytest.raises(ConfigError, match=r"none of \d+ candidates .*stays within max_drop=0\.01"):
+        result.pick()
+
+
+def test_budget_and_drop_hold_together(tmp_path: Path, formula: Callable[[Formula], None]) -> None:
+    formula(lambda removed, cost: 0.95 + removed["stem"] / 1000)
+    result = run(tmp_path / "run", max_drop=0.5, sensitivity=())
+    assert result.summary["picked"]["rule"] == "cheapest within macs<=50% and a drop of 0.5"
+    assert result.summary["picked"]["macs"] == min(c.macs for c in result.candidates)
+
+
+def test_an_agent_for_several_objectives_needs_no_aim_and_gives_the_knee(
+    tmp_path: Path, formula: Callable[[Formula], None]
+) -> None:
+    formula(lambda removed, cost: 1 - math.exp(-cost.macs / 5e4))
+    result = run(tmp_path / "run", budget=None, agent="nsga2", candidates=12, sensitivity=())
+    assert result.summary["picked"]["rule"] == "knee of the front"
+    assert len(result.front) > 3
+
+
+def test_an_agent_for_one_objective_needs_an_aim(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a search needs an aim: give a budget such as") as error:
+        run(tmp_path / "run", budget=None)
+    assert one_line(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_locked_and_bounded_groups_stay_within_their_bounds(tmp_path: Path, formula: Callable[[Formula], None]) -> None:
+    formula(lambda removed, cost: 0.9)
+    bounds = {"head": {"lock": True}, "conv1": {"min": 0.3, "max": 0.7}}
+    result = run(tmp_path / "run", bounds=bounds, sensitivity=())
+    assert {c.removed["head"] for c in result.candidates} == {0}
+    assert {3 <= c.removed["conv1"] <= 7 for c in result.candidates} == {True}
+
+
+# ----------------------------------------------------------------------------------------------------------- time limit
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that jumps ahead by what is appended to the list."""
+    ahead: list[float] = []
+    real = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: real() + sum(ahead))
+    return ahead
+
+
+def test_at_the_time_limit_the_best_so_far_is_handed_back(
+    tmp_path: Path, formula: Callable[[Formula], None], clock: list[float]
+) -> None:
+    formula(lambda removed, cost: 0.9 - cost.macs / 1e6)
+
+    def late(stage: str, number: int) -> None:
+        if stage == "search" and number == 5:
+            clock.append(2000)
+
+    watcher = Watcher(late)
+    result = run(tmp_path / "run", candidates=50, time_limit=1000, sensitivity=(), progress=watcher)
+    assert result.summary["stopped"] == "time limit"
+    had = result.summary["candidates"]
+    assert 2 <= had < 50  # what the ledger knew before is still answered
+    assert 5 <= result.summary["evaluations"] <= 6  # uniform at the picked candidate's cost may be one more
+    assert result.summary["picked"]["accuracy"] == max(c.accuracy for c in result.candidates)
+    assert f"stopped after {had} of 50 candidates: time limit" in watcher.lines
+    assert watcher.lines[1].endswith(", stopped after 16.7 min")
+
+
+def test_the_analysis_gets_half_of_the_time(tmp_path: Path, light: None, clock: list[float]) -> None:
+    def late(stage: str, number: int) -> None:
+        if (stage, number) == ("sensitivity", 2):
+            clock.append(600)
+
+    result = run(tmp_path / "run", candidates=2, time_limit=1000, progress=Watcher(late))
+    report = SensitivityReport.load(tmp_path / "run" / "sensitivity.json")
+    assert sum(len(row.cells) for row in report.groups) == 2
+    assert result.summary["stopped"] is None
+    assert result.summary["candidates"] == 2
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_dense_accuracy_of_zero_is_refused(tmp_path: Path) -> None:
+    task = make_task(metric=lambda outputs, targets: torch.zeros(len(targets)))
+    tracker = Probe()
+    with pytest.raises(
+        TaskError, match="the dense network's accuracy on the 101 validation samples is 0; are"
+    ) as error:
+        run(tmp_path / "run", task, tracker=tracker)
+    assert one_line(error)
+    assert tracker.calls == []
+
+
+def test_a_pipeline_that_costs_the_dense_network_accuracy_is_reported(tmp_path: Path, light: None) -> None:
+    shifted = make_task(augment=lambda inputs, generator: 0.1 * inputs + 3)
+    with pytest.warns(RecalibrationWarning, match=r"costs the dense network \d+\.\d points .*raise calibration_images"):
+        run(tmp_path / "run", shifted, candidates=1, control=0, sensitivity=())
+
+
+def test_a_pipeline_that_costs_nothing_is_not(tmp_path: Path, light: None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path / "run", candidates=1, control=0, sensitivity=())
+
+
+def test_candidates_that_fail_are_on_record_and_the_search_goes_on(
+    tmp_path: Path, formula: Callable[[Formula], None]
+) -> None:
+    formula(lambda removed, cost: math.nan if removed["head"] % 2 else 0.9)
+    result = run(tmp_path / "run", agent="tpe", candidates=10)
+    failed = [line for line in ledger_of(tmp_path / "run") if line["failure"] is not None]
+    assert failed
+    assert {line["failure"] for line in failed} == {"the loss is nan at fine-tuning step 1 of 2"}
+    assert all(line["measurements"] == [] for line in failed)
+    assert result.summary["candidates"] == 10
+    assert result.summary["picked"]["removed"]["head"] % 2 == 0
+    assert {c.id for c in result.front}.isdisjoint({line["id"] for line in failed})
+
+
+def test_when_every_candidate_fails_that_is_one_line(tmp_path: Path, light: None) -> None:
+    with pytest.raises(TaskError, match="all 5 candidates failed; the first: the loss is nan") as error:
+        run(tmp_path / "run", lr=1e30, finetune_steps=4, candidates=2)
+    assert one_line(error)
+    lines = ledger_of(tmp_path / "run")
+    assert len(lines) == 1 + 2 + 2
+    assert all(line["failure"].startswith("the loss is nan at fine-tuning step") for line in lines)
+
+
+def test_a_network_without_groups_is_refused(tmp_path: Path) -> None:
+    linear = nn.Sequential(nn.Flatten(), nn.utils.skip_init(nn.Linear, 64, 4))
+    nn.init.zeros_(linear[1].weight)
+    nn.init.zeros_(linear[1].bias)
+    with pytest.raises(TaskError, match=r"nothing in Sequential can be pruned \(1: its elements are the network's"):
+        run(tmp_path / "run", make_task(model=linear))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"agent": "tpee"}, "no agent 'tpee'. Did you mean 'tpe'"),
+        ({"candidate": 3}, "no setting 'candidate'. Did you mean 'candidates'"),
+        ({"bounds": {"sten": {"lock": True}}}, "no group 'sten'. Did you mean 'stem'"),
+    ],
+)
+def test_unknown_names_are_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnknownNameError) as error:
+        run(tmp_path / "run", **change)
+    assert str(error.value).startswith(message)
+    assert one_line(error)
+
+
+def test_a_network_that_rebuilds_to_something_else_is_not_handed_out(
+    done: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Evaluator.recovered
+
+    def other(self: Evaluator, policy: Policy) -> tuple[nn.Module, tuple[Measurement, ...]]:
+        model, measured = real(self, policy)
+        return model, tuple(dataclasses.replace(m, accuracy=m.accuracy / 2) for m in measured)
+
+    monkeypatch.setattr(Evaluator, "recovered", other)
+    with pytest.raises(
+        RunError, match=r"was measured at 0\.\d+, but its network, rebuilt from its seed, at 0\."
+    ) as error:
+        done.result.pick()
+    assert one_line(error)
+
+
+# --------------------------------------------------------------------------------------------------- after the search
+
+
+def test_pick_asks_the_ledger_again(done: Done) -> None:
+    candidates, dense = done.result.candidates, done.result.dense
+    assert done.result.pick().candidate.id == done.result.summary["picked"]["id"]
+    tight = sorted(c.macs for c in candidates)[len(candidates) // 2]
+    network = done.result.pick(budget=f"macs<={tight}")
+    within = [c for c in candidates if c.macs <= tight]
+    assert network.accuracy == network.candidate.accuracy == max(c.accuracy for c in within)
+    assert network.rule.startswith("most accurate within macs<=")
+    assert count(network.model, done.task.example_input).cost == network.candidate.cost
+    median = sorted(c.accuracy for c in candidates)[len(candidates) // 2]
+    dropped = done.result.pick(max_drop=max(0.0, dense["accuracy"] - median) + 1e-6)
+    enough = [c for c in candidates if c.accuracy >= min(median, dense["accuracy"]) - 1e-5]
+    assert dropped.candidate.macs == min(c.macs for c in enough)
+    assert dropped.rule.startswith("cheapest within a drop of ")
+    with pytest.raises(ConfigError, match="none of"):
+        done.result.pick(budget="macs<=5%")
+
+
+def test_any_candidate_can_be_had_as_a_network(done: Done) -> None:
+    for candidate in itertools.islice(done.result.candidates, 3):
+        network = done.result.network(candidate)
+        assert (network.candidate, network.accuracy, network.fidelity) == (candidate, candidate.accuracy, "short")
+
+
+def test_opening_a_run_gives_the_same_result(done: Done) -> None:
+    opened = open_run(done.out, make_task())
+    assert opened.summary == json.loads(json.dumps(done.result.summary))
+    assert opened.candidates == done.result.candidates
+    assert opened.pick().candidate == done.result.pick().candidate
+    other = make_task(val=samples(101, 7))
+    with pytest.raises(RunError, match="was searched with another data than this task has; open it with its own"):
+        open_run(done.out, other)
+
+
+def test_choosing_renews_what_lies_in_the_folder(tmp_path: Path, light: None) -> None:
+    result = run(tmp_path / "run", candidates=4, sensitivity=(0.5,))
+    other = min(result.candidates, key=lambda c: c.macs)
+    assert other.id != result.summary["picked"]["id"]
+    result.choose(result.network(other, "the smallest"))
+    written = read(tmp_path / "run" / "result.json")
+    assert written["picked"]["id"] == other.id
+    assert written["picked"]["rule"] == "the smallest"
+    assert written["uniform"]["macs"] <= other.macs
+    assert written["evaluations"] == len(ledger_of(tmp_path / "run"))
+    assert count(export.load(tmp_path / "run" / "pruned", build=Net), make_task().example_input).cost == other.cost
+    assert run(tmp_path / "run", candidates=4, sensitivity=(0.5,)).summary == written
+    assert read(tmp_path / "run" / "front.json")["points"][0]["macs"] == min(c.macs for c in result.candidates)
+
+
+def test_finalizing_trains_and_reads_the_test_set_once(tmp_path: Path, light: None) -> None:
+    split = SealedSplit()
+    task = make_task(test=split)
+    result = run(tmp_path / "run", task, candidates=3, sensitivity=())
+    passes, steps = split.passes, list[int]()
+    network = result.finalize(epochs=2, progress=lambda step, _: steps.append(step))
+    assert steps == [1, 2]  # 200 samples are one batch of 128 an epoch
+    assert split.passes == passes + 1
+    final = read(tmp_path / "run" / "final.json")
+    assert final["epochs"] == 2
+    images, targets = samples(60, 3)
+    reloaded = export.load(tmp_path / "run" / "pruned", build=Net)
+    with torch.no_grad():
+        for key, model in (("test", reloaded), ("dense_test", task.fresh_model().eval())):
+            scores = top1(model(images), targets).double()
+            assert final[key]["accuracy"] == pytest.approx(float(scores.mean()))
+            assert final[key]["accuracy_se"] == pytest.approx(float(scores.std() / 60**0.5))
+    assert network.fidelity == "full"
+    assert final["val"]["accuracy"] == network.accuracy
+    assert export.recipe_of(tmp_path / "run" / "pruned")["measured"]["fidelity"] == "full"
+    for again in (result, open_run(tmp_path / "run", make_task())):
+        with pytest.raises(RunError, match="was finalised before, and the test set is read once") as error:
+            again.finalize(epochs=1)
+        assert one_line(error)
+    assert split.passes == passes + 1
+
+
+def test_finalizing_without_a_test_set_leaves_it_out(tmp_path: Path, light: None) -> None:
+    task = make_task(test=None)
+    run(tmp_path / "run", task, candidates=1, control=0, sensitivity=()).finalize(epochs=1)
+    assert list(read(tmp_path / "run" / "final.json")) == ["epochs", "val"]
+
+
+# ------------------------------------------------------------------------------------------------- reusing an analysis
+
+
+def test_cells_of_an_earlier_analysis_are_not_measured_again(
+    done: Done, tmp_path: Path, light: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(self: SensitivityReport, *_: Any) -> Any:
+        raise AssertionError("a cell was measured")
+
+    monkeypatch.setattr(SensitivityReport, "with_cell", forbidden)
+    run(tmp_path / "run", budget="macs<=60%", candidates=1, control=0, reuse=done.out / "sensitivity.json")
+    assert (tmp_path / "run" / "sensitivity.json").read_bytes() == (done.out / "sensitivity.json").read_bytes()
+
+
+def test_an_analysis_of_something_else_is_not_taken_over(done: Done, tmp_path: Path, light: None) -> None:
+    reuse = done.out / "sensitivity.json"
+    with pytest.raises(RunError, match="the sensitivity report is of another data"):
+        run(tmp_path / "run", make_task(val=samples(101, 7)), reuse=reuse)
+    with pytest.raises(RunError, match="the sensitivity report is of another setting seed"):
+        run(tmp_path / "run", seed=4, reuse=reuse)
+    assert not (tmp_path / "run" / "sensitivity.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------- agents as objects
+
+
+class Picky:
+    """An agent that a user wrote: proposes what it was given, one by one."""
+
+    objectives = "one"
+
+    def __init__(self, policies: Sequence[Policy]) -> None:
+        self._policies = policies
+
+        self.values: list[float] = []
+
+    def run(self, env: Any, *, seed: int) -> None:
+        for policy in self._policies:
+            self.values.append(env.value(env.evaluate(policy)))
+
+
+def test_an_agent_may_be_an_object(tmp_path: Path, light: None) -> None:
+    policies = [Policy({"stem": 0.5, "conv1": 0.5}), Policy({"conv1": 0.9})]
+    result = run(tmp_path / "run", agent=Picky(policies), sensitivity=(), control=0)
+    searched = [c for c in result.candidates if c.arm == "search"]
+    assert [c.removed for c in searched] == [{"stem": 6, "conv1": 5, "head": 0}, {"stem": 0, "conv1": 9, "head": 0}]
+    assert {c.agent for c in searched} == {"Picky"}
+    assert result.summary["candidates"] == 2
+
+
+@pytest.mark.parametrize("max_drop", [None, 0.05])
+def test_what_an_agent_is_to_raise(tmp_path: Path, formula: Callable[[Formula], None], max_drop: float | None) -> None:
+    """The accuracy; with a tolerated drop what is missing, and once nothing is, the share of multiply-adds saved."""
+    results = {0: 1.0, 6: 0.5, 9: math.nan}
+    formula(lambda removed, cost: results[removed["stem"]])
+    agent = Picky([Policy({"stem": stem / 12}) for stem in results])
+    task = make_task()
+    dense = measure(task.model, task.val_batches(), top1, cross_entropy).summary("dense").accuracy
+    options: dict[str, Any] = {"budget": "macs<=100%", "max_drop": max_drop, "sensitivity": (), "control": 0}
+    result = run(tmp_path / "run", task, agent=agent, finetune_steps=0, **options)
+    searched = {c.removed["stem"]: c for c in result.candidates if c.removed["conv1"] == c.removed["head"] == 0}
+    assert searched[9].failure is not None
+    saved = 1 - searched[0].macs / result.dense["macs"]
+    expected = [1.0, 0.5, 0.0] if max_drop is None else [saved, 0.5 - (dense - max_drop), -1.0]
+    assert agent.values == pytest.approx(expected)
