@@ -14,7 +14,8 @@ Where it differs, because a search has tens of episodes where the paper has 800,
 * Every transition is replayed, the first of an episode as often as any.
 * Warm-up episodes follow the warm starts and then random points of the search space, which fill the budget, where
   uniform actions leave most of it unused. The warm-up is a third of the evaluations (paper: an eighth of the episodes).
-* The actor learns at 1e-3 (paper: 1e-4), twice a decision, and first makes up for the decisions of the warm-up.
+* The actor learns at 1e-3 (paper: 1e-4), four times a decision, and first makes up for the decisions of the warm-up.
+* Rewards are divided by their standard deviation: accuracies that lie close together would drown in the critic's noise.
 * Exploration shrinks to a fiftieth over the whole search (paper: 0.95 an episode), but not below half an element, where
   it would change nothing; it doubles while the agent repeats policies that are known already.
 """
@@ -68,7 +69,7 @@ class AMCAgent:
         *,
         warmup: int | None = None,
         sigma: float = 0.5,
-        updates: int = 2,
+        updates: int = 4,
         actor_lr: float = 1e-3,
         critic_lr: float = 1e-3,
         bootstrap_after: int | None = None,
@@ -193,7 +194,7 @@ class _Learner(DDPG):
 
 
 class _Replay(NStepReplayBuffer):
-    """Replay memory whose final rewards come less a moving average of those seen, AMC's baseline."""
+    """Replay memory whose final rewards come relative to those seen: less AMC's moving average, by their spread."""
 
     _baseline: float | None = None
 
@@ -204,7 +205,9 @@ class _Replay(NStepReplayBuffer):
         if final.any():
             mean = float(batch.rewards[final].mean())
             self._baseline = mean if self._baseline is None else (self._baseline + mean) / 2
-        return batch._replace(rewards=batch.rewards - batch.dones * (self._baseline or 0.0))
+        kept = self.rewards[: self.size()][self.dones[: self.size()] > 0]
+        spread = (float(kept.std()) if len(kept) > 1 else 0.0) or 1.0
+        return batch._replace(rewards=(batch.rewards - batch.dones * (self._baseline or 0.0)) / spread)
 
 
 class _LentGenerators:

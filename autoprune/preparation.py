@@ -51,13 +51,14 @@ def prepare(task: Task, settings: SearchSettings) -> Prepared:
         InfeasibleBudgetError: No policy within the bounds meets the budget.
         ConfigError: A bound or name is wrong.
     """
-    structure = analyse_structure(task.model, task.example_input, seed=derive(settings.seed, "proof"))
+    with suited_threads(0):  # an input or two at a time
+        structure = analyse_structure(task.model, task.example_input, seed=derive(settings.seed, "proof"))
+        costs = CostModel(task.model, task.example_input, structure)
     if not len(structure):
         reasons = (
             "; ".join(f"{group.name}: {group.reason}" for group in structure.locked) or "no convolution or linear layer"
         )
         raise TaskError(f"nothing in {task.name} can be pruned ({reasons})")
-    costs = CostModel(task.model, task.example_input, structure)
     if costs.unknown:
         listed = ", ".join(f"{name} ({times} times)" for name, times in costs.unknown.items())
         warnings.warn(

@@ -89,12 +89,10 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _convolution(args: Sequence[Any], output: torch.Tensor) -> int:
-    weight: torch.Tensor = args[1]
-    transposed: bool = args[6]
-    positions: torch.Tensor = (
-        args[0] if transposed else output
-    )  # every one of them meets each of a filter's weights once
-    return positions.numel() // positions.shape[1] * weight.numel()
+    inputs, weight, transposed = args[0], args[1], args[6]
+    positions: torch.Tensor = inputs if transposed else output  # each of them meets each of a filter's weights once
+    filters: int = weight.numel()
+    return positions.numel() // positions.shape[1] * filters
 
 
 def _product(first: torch.Tensor, second: torch.Tensor) -> int:

@@ -20,6 +20,7 @@ import torch
 import torch_pruning as tp
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from autoprune.errors import StructureError
 from autoprune.structure.groups import Group, LockedGroup, Role, Slice
@@ -71,8 +72,10 @@ def find_channels(model: nn.Module, example_input: torch.Tensor) -> tuple[list[G
     with _watched(traced, trace), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of parameters outside modules; here the proof judges those
         try:
-            traced(example_input)  # Torch-Pruning would try another call where this fails, and hide the reason
-            graph = _Graph(trace.paddings).build_dependency(traced, example_inputs=(example_input,), verbose=False)
+            with torch.no_grad():
+                traced(example_input)  # Torch-Pruning would try another call where this fails, and hide the reason
+            graph = _Graph(trace.paddings)
+            graph.build_dependency(traced, (example_input,), output_transform=_differentiable, verbose=False)
             graph.map_paddings()
             elements = _connect(graph, traced)
         except Exception as error:  # whatever the network's own code raises, and Torch-Pruning of what it can't follow
@@ -81,10 +84,13 @@ def find_channels(model: nn.Module, example_input: torch.Tensor) -> tuple[list[G
                 f"{type(error).__name__}: {_first_line(error)}"
             ) from error
     groups, locked = _collect(traced, elements, trace.rank)
-    written = {layer for group in groups for layer in group.layers} | {
-        layer for group in locked for layer in group.layers
-    }
+    written = {layer for layers in ([g.layers for g in groups] + [g.layers for g in locked]) for layer in layers}
     return groups, locked + _uncalled(traced, written)
+
+
+def _differentiable(outputs: object) -> list[torch.Tensor]:
+    """Return what Torch-Pruning can follow among a network's outputs, which may be nested and of any kind."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None]
 
 
 def _first_line(error: Exception) -> str:
@@ -226,9 +232,8 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]  # Torch-Pruning has no 
 
 # -- elements ---------------------------------------------------------------------------------------------------------
 
-_Side = tuple[
-    str, str
-]  # a tensor's owner, and its side: "out", "in", "left", "right", "param:DIM", or "blocked:REASON"
+_Side = tuple[str, str]
+"""A tensor's owner, and its side: "out", "in", "left", "right", "param:DIM", or "blocked:REASON"."""
 _Channel = tuple[_Side, int]
 
 

@@ -112,7 +112,7 @@ def path(feasible, sparsities):
             if b > a:
                 jumps |= {(k + 0.5 - a) / (b - a) for k in range(int(a) - 1, int(b) + 1) if a < k + 0.5 < b}
         ordered = sorted(jumps)
-        middles = [(x + y) / 2 for x, y in itertools.pairwise(ordered)]
+        middles = [(x + y) / 2 for x, y in itertools.pairwise(ordered) if y - x > 1e-9]  # less is rounding
         counts += [np.rint(first + x * (last - first)).astype(np.int64) for x in middles]
     return counts
 

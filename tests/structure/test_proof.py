@@ -68,6 +68,30 @@ class TestGoodGroups:
 
         assert len(analyse(Insists(), IMAGES)) == 2
 
+    def test_outputs_may_be_of_any_kind(self):
+        class Several(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = TinyNet()
+
+            def forward(self, x):
+                scores = self.net(x)
+                return {"scores": scores, "best": scores.argmax(1), "sure": scores > 0, "none": scores[:0], "note": "x"}
+
+        assert len(analyse(Several(), IMAGES)) == 2
+
+    def test_code_that_checks_its_precision(self):
+        class Checks(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = TinyNet()
+
+            def forward(self, x):
+                assert x.dtype == torch.float32
+                return self.net(x)
+
+        assert len(analyse(Checks(), IMAGES)) == 2
+
     @pytest.mark.usefixtures("global_rng_untouched")
     def test_the_network_is_not_changed(self):
         net = tiny_residual()
