@@ -24,7 +24,7 @@ from autoprune.progress import Progress, Silent
 from autoprune.result import SearchResult, open_run
 from autoprune.run import RunFolder
 from autoprune.seeds import derive
-from autoprune.sensitivity import SPARSITIES, Cell, GroupSensitivity, SensitivityReport
+from autoprune.sensitivity import SPARSITIES, GroupSensitivity, SensitivityReport
 from autoprune.sensitivity import analyse as analyse_sensitivity
 from autoprune.settings import SearchSettings
 from autoprune.structure import Structure
@@ -47,8 +47,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-_out = Console()
-_err = Console(stderr=True)
+_out = Console(markup=False, highlight=False)
+_err = Console(stderr=True, markup=False, highlight=False)
 _INTERRUPTED = 130  # what typer exits with at Ctrl-C
 
 # -- options that several commands share --------------------------------------------------------------------------
@@ -142,27 +142,31 @@ def _absolute(task: str) -> str:
     return f"{Path(file).resolve()}{colon}{function}" if colon else task
 
 
-def _task(source: dict[str, Any], *, baseline: Path | None, progress: Progress) -> Task:
+def _task(source: dict[str, Any], *, baseline: Path, progress: Progress, trained: bool = True) -> Task:
     """Make the task that a source names; for digits, train its network on the spot where no weights are given."""
     if "task" in source:
         return load_task(source["task"])
     options = {key: source[key] for key in ("download", "val_fraction", "split_seed")}
     task = Task.named(source["model"], source["data"], root=source["data_root"], weights=source["weights"], **options)
-    if source["weights"] is not None:
+    if source["weights"] is not None or not trained:
         return task
     if source["data"] != "digits":
         raise WeightsError(
             f"a search starts from a trained network; give --weights FILE, or make one: "
             f"autoprune train --model {source['model']} --data {source['data']} --out {source['model']}.safetensors"
         )
-    if baseline is not None and baseline.exists():
-        return Task.named(source["model"], source["data"], weights=baseline, **options)
+    if baseline.exists():
+        try:
+            return Task.named(source["model"], source["data"], weights=baseline, **options)
+        except WeightsError as error:
+            raise RunError(
+                f"{baseline.parent} holds another search's network; name another folder with --out"
+            ) from error
+    RunFolder(baseline.parent).create()
     model = _trained(task, epochs=20, lr=0.1, batch_size=64, seed=0, progress=progress)
-    trained = Task.named(source["model"], source["data"], model=model, **options)
-    if baseline is not None:
-        RunFolder(baseline.parent).create()
-        models.save_weights(model, baseline)
-    return trained
+    task = Task.named(source["model"], source["data"], model=model, **options)
+    models.save_weights(model, baseline)
+    return task
 
 
 def _trained(task: Task, *, epochs: int, lr: float, batch_size: int, seed: int, progress: Progress) -> Any:
@@ -215,7 +219,7 @@ def search(
     ] = None,
     agent: Annotated[str, typer.Option(help=f"What proposes policies: {', '.join(registry.names('agent'))}.")] = "tpe",
     space: Annotated[
-        str, typer.Option(help=f"What has a ratio of its own: {', '.join(registry.names('search space'))}.")
+        str, typer.Option(help=f"What has a sparsity of its own: {', '.join(registry.names('search space'))}.")
     ] = "group",
     candidates: Annotated[int, typer.Option(help="Distinct policies that the agent may have evaluated.")] = 60,
     control: Annotated[
@@ -267,7 +271,7 @@ def search(
     registry.resolve("agent", agent)
     source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)
     with watching(quiet) as progress:
-        work = _task(source, baseline=None if dry_run else RunFolder(out).baseline, progress=progress)
+        work = _task(source, baseline=RunFolder(out).baseline, progress=progress, trained=not dry_run)
         if dry_run:
             _print_widths(prepare(work, options))
             return
@@ -391,11 +395,18 @@ def evaluate(
     data_root: DataRoot = None,
     download: Download = False,
     val_fraction: ValFraction = None,
-    split_seed: SplitSeed = 0,
+    split_seed: Annotated[
+        int | None, typer.Option(help="Seed of that cut; by default the one recorded.", rich_help_panel=_TASK)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Load a saved network and measure it on the validation split, beside what was recorded when it was saved."""
     recipe = export.recipe_of(pruned)
+    split = recipe["measured"].get("val_cut_from_train") or {}
+    if task is None and recipe["model"] is None:
+        raise ConfigError(
+            f"{pruned} holds a {recipe['class']}; give the function that makes its task: --task FILE:FUNCTION"
+        )
     if task is not None:
         work = load_task(task)
         model = autoprune.load(pruned, build=work.fresh_model)
@@ -407,8 +418,8 @@ def evaluate(
             data_name or "digits",
             root=data_root,
             download=download,
-            val_fraction=val_fraction,
-            split_seed=split_seed,
+            val_fraction=split.get("fraction") if val_fraction is None else val_fraction,
+            split_seed=split.get("seed", 0) if split_seed is None else split_seed,
             model=model,
         )
     started = time.perf_counter()
@@ -595,7 +606,7 @@ def _print_result(result: SearchResult) -> None:
     )
     places = {"network": folder.pruned, "report": folder.report, "ledger": folder.ledger}
     if folder.tracking.exists():
-        places["MLflow"] = folder.read(folder.tracking)["location"]
+        places["tracked"] = folder.read(folder.tracking)["location"]
     for name, place in places.items():
         _out.print(f"{name + ':':<9}{place}", soft_wrap=True, highlight=False)
 
@@ -605,15 +616,17 @@ def _print_sensitivity(report: SensitivityReport) -> None:
     grid = measured if len(measured) <= 9 else list(SPARSITIES)
     table = Table("group", "size", *(f"{s:.0%}" for s in grid), box=None, pad_edge=False)
     for group in (g for g in report.groups if g.cells):
-        table.add_row(group.name, str(group.size), *(f"{_nearest(group, s).accuracy:.1%}" for s in grid))
+        table.add_row(group.name, str(group.size), *(_nearest(group, s) for s in grid))
     _out.print(f"accuracy of the dense network: {report.dense.accuracy:.2%} ± {report.dense.accuracy_se:.2%}")
     _out.print(table)
     for group in (g for g in report.groups if not g.prunable):
         _out.print(f"locked: {group.name} ({group.reason})", highlight=False)
 
 
-def _nearest(group: GroupSensitivity, sparsity: float) -> Cell:
-    return min(group.cells, key=lambda cell: abs(cell.sparsity - sparsity))
+def _nearest(group: GroupSensitivity, sparsity: float) -> str:
+    """Return the accuracy of the cell that rounding to whole elements made of a sparsity, if it was measured."""
+    cell = min(group.cells, key=lambda cell: abs(cell.sparsity - sparsity))
+    return f"{cell.accuracy:.1%}" if abs(cell.sparsity - sparsity) <= 0.5 / group.size + 0.005 else ""
 
 
 def _print_widths(prepared: Prepared) -> None:
@@ -649,5 +662,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as leaving:
         if leaving.code == _INTERRUPTED:
-            _err.print("stopped; what was measured is on disk, and the same command goes on from there", soft_wrap=True)
+            goes_on = sys.argv[1:2] in (["search"], ["sensitivity"])
+            hint = "; what was measured is on disk, and the same command goes on from there" if goes_on else ""
+            _err.print(f"stopped{hint}", soft_wrap=True)
         raise

@@ -234,7 +234,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self._groups = feasible.structure.groups
         self._dense = feasible.utilisation(np.zeros_like(feasible.lower))
         self._constant = _constant_features(feasible, layers, slopes)
-        self._removed = feasible.lower.copy()
+        self._removed = feasible.lower.copy()  # what stands from `_next` on is not looked at
         self._next = len(self._groups)  # an episode starts with `reset`
 
     # -- for agents that propose whole policies -------------------------------------------------------------------
@@ -264,7 +264,6 @@ class PruningEnv(gymnasium.Env[Array, Array]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Start an episode; the seed has no effect but Gymnasium's own, as nothing here is random."""
         super().reset(seed=seed)
-        self._removed = self.feasible.lower.copy()
         self._next = 0
         return self._observation(), {"group": self._groups[0].name}
 

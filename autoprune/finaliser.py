@@ -68,7 +68,7 @@ class PrunedNetwork:
         if epochs < 1:
             raise ConfigError(f"`epochs >= 1` must hold, but got epochs={epochs}")
         settings = recipe or self._evaluator.recovery.recipe
-        steps = epochs * max(1, self._evaluator.bench.task.n_train // settings.batch_size)
+        steps = epochs * self._evaluator.bench.task.steps_per_epoch(settings.batch_size)
         model = select(self.model, {})
         seed = derive(self._evaluator.seed, "full fine-tuning", self.candidate.id)
         self._evaluator.train(model, steps, settings, seed, progress)
@@ -102,6 +102,7 @@ class PrunedNetwork:
             "accuracy_se": self.measured.accuracy_se,
             "fidelity": self.fidelity,
             "rule": self.rule,
+            "val_cut_from_train": bench.task.describe()["val_cut_from_train"],
             **self.candidate.cost.to_dict(),
         }
         return export.save(

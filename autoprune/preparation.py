@@ -66,10 +66,11 @@ def prepare(task: Task, settings: SearchSettings) -> Prepared:
         )
     bounds = parse_bounds(settings.bounds, structure, settings.max_sparsity)
     feasible = FeasibleSet.build(structure, costs, settings.limits, bounds, settings.max_sparsity)
-    batches = list(
-        task.calibration_batches(min(1000, settings.calibration_images), 250, derive(settings.seed, "scoring"))
-    )
-    evidence = Evidence(batches, task.loss, derive(settings.seed, "scores"))
+    images = min(1000, settings.calibration_images)
+    device = task.example_input.device
+    batches = task.calibration_batches(images, 250, derive(settings.seed, "scoring"))
+    placed = [(inputs.to(device), targets.to(device)) for inputs, targets in batches]
+    evidence = Evidence(placed, task.loss, derive(settings.seed, "scores"))
     criterion = registry.resolve("criterion", settings.criterion)()
     with suited_threads(costs.dense.macs):
         scores = criterion.score(task.fresh_model().eval(), structure, evidence)

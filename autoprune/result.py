@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from autoprune.cost import Budget, Cost, Limit
-from autoprune.errors import ConfigError, RunError, TaskError
+from autoprune.errors import ConfigError, RunError, TaskError, TestSetError
 from autoprune.evaluation import Candidate, Evaluator, Measurement
 from autoprune.finaliser import PrunedNetwork
 from autoprune.pareto import front, hypervolume, pick
@@ -18,6 +16,7 @@ from autoprune.run import RunFolder, write_json
 from autoprune.sensitivity import SensitivityReport
 from autoprune.settings import SearchSettings
 from autoprune.task import Task
+from autoprune.tracking import MLflowTracker, Tracker
 
 __all__ = [
     "SearchResult",
@@ -104,6 +103,11 @@ class SearchResult:
 
     def choose(self, network: PrunedNetwork) -> None:
         """Make a network of this search the picked one: save it to `pruned/`, and renew result and report."""
+        if self._folder.final.exists():
+            raise RunError(
+                f"{self.run} was finalised, and {self._folder.pruned} holds the fine-tuned network; "
+                "save another candidate elsewhere: result.pick(...).save(folder)"
+            )
         chosen = network.candidate
         uniform = uniform_at(self._prepared, self._evaluator, chosen.cost)
         self.summary = {
@@ -118,34 +122,58 @@ class SearchResult:
         write_json(self._folder.result, self.summary)
         self.report()
 
-    def finalize(self, epochs: int = 10, *, progress: Callable[[int, float], None] | None = None) -> PrunedNetwork:
+    def finalize(
+        self,
+        epochs: int = 10,
+        *,
+        tracker: Tracker | None = None,
+        progress: Callable[[int, float], None] | None = None,
+    ) -> PrunedNetwork:
         """Fine-tune the picked network fully, read the test set once, save the network and write `final.json`.
 
         Args:
             epochs: Passes over the training split.
+            tracker: Where the outcome is logged; by default the run's own record in MLflow, if it has one.
             progress: Called after every step with the steps done and the step's loss.
 
         Raises:
             RunError: The search was finalised before: the test set is read once.
+            TestSetError: The task's test set was read before, by hand.
         """
         if self._folder.final.exists():
             raise RunError(
                 f"{self.run} was finalised before, and the test set is read once; "
                 f"its numbers are in {self._folder.final}"
             )
+        task = self._prepared.task
+        if task.test_read:
+            raise TestSetError("the test set has been read already; finalize before, or instead of, testing by hand")
         picked = self.summary["picked"]
         chosen = self._evaluator.ledger.get(picked["id"])
         if chosen is None:
             raise RunError(f"the picked candidate {picked['id']} is not in the ledger of {self.run}")
         network = rebuild(self._evaluator, chosen, picked["rule"]).finetune(epochs, progress=progress)
-        network.save(self._folder.pruned)
         final: dict[str, Any] = {"epochs": epochs, "val": record_of(network.measured)}
-        if self._prepared.task.n_test:
+        if task.n_test:
             test, dense_test = network.test()
             final |= {"test": record_of(test), "dense_test": record_of(dense_test)}
+        network.save(self._folder.pruned)
         write_json(self._folder.final, final)
         self.report()
+        self._log_final(network, final, tracker)
         return network
+
+    def _log_final(self, network: PrunedNetwork, final: Mapping[str, Any], tracker: Tracker | None) -> None:
+        folder = self._folder
+        if tracker is None and not folder.tracking.exists():
+            return
+        parent = folder.read(folder.tracking)["run_id"] if folder.tracking.exists() else None
+        log = tracker or MLflowTracker(experiment="autoprune", run_name=folder.path.name, parent_run_id=parent)
+        log.start(self._prepared.settings.to_dict(), {"task": self._prepared.task.name, "run": str(folder.path)})
+        metrics = {f"final.{k}.{n}": v for k, m in final.items() if isinstance(m, dict) for n, v in m.items()}
+        example_input = self._prepared.task.example_input
+        artifacts = [folder.final, folder.report]
+        log.finish(metrics=metrics, artifacts=artifacts, model=network.model, example_input=example_input)
 
     def report(self) -> Path:
         """Write `report.html` and return its path."""
@@ -166,7 +194,10 @@ def open_run(path: str | Path, task: Task) -> SearchResult:
     config, summary = folder.read(folder.config), folder.read(folder.result)
     for what, digest in task.digest().items():
         if config["digest"].get(what) != digest:
-            raise RunError(f"{folder.path} was searched with another {what} than this task has; open it with its own")
+            raise RunError(
+                f"{folder.path} was searched with another {what} than this task has; open it with its own "
+                "(a function that makes the task must make the same weights and data each time)"
+            )
     prepared = prepare(task, SearchSettings.of(config["search"]))
     return SearchResult(folder, prepared, evaluator_of(prepared, folder), summary)
 
@@ -200,6 +231,8 @@ def pick_from(
     limits = Budget.parse(budget)
     dense_cost = evaluator.costs.dense
     choices = measured(evaluator.ledger)
+    if not len(evaluator.ledger):
+        raise ConfigError("the time limit ended before the first candidate; raise it, and the same search goes on")
     failures = [candidate.failure for candidate in evaluator.ledger if candidate.failure is not None]
     if failures and not choices:
         raise TaskError(f"all {len(failures)} candidates failed; the first: {failures[0]}; a lower lr may help")
@@ -231,10 +264,14 @@ def write_front(folder: RunFolder, evaluator: Evaluator) -> None:
 
 
 def uniform_at(prepared: Prepared, evaluator: Evaluator, cost: Cost) -> Candidate | None:
-    """Evaluate the uniform policy that has no more multiply-adds than a cost, and as little less as can be."""
-    limit = Budget((Limit("macs", float(cost.macs), relative=False),))
-    same = dataclasses.replace(prepared.feasible, budget=limit)
-    policy = same.policy(same.project(np.zeros(len(same.structure))))
+    """Evaluate the uniform policy that costs no more, and as little less as can be.
+
+    No more in everything that the budget limits; in multiply-adds, where there is no budget.
+    """
+    metrics = [limit.metric for limit in prepared.feasible.budget.limits] or ["macs"]
+    budget = Budget(tuple(Limit(metric, float(getattr(cost, metric)), relative=False) for metric in metrics))
+    same = dataclasses.replace(prepared.feasible, budget=budget)
+    policy = same.policy(same.uniform())
     candidate = evaluator.evaluate(policy, arm="uniform", agent="uniform")
     return candidate if candidate.failure is None else None
 

@@ -8,6 +8,7 @@ answered from the ledger.
 import contextlib
 import dataclasses
 import importlib.metadata
+import math
 import platform
 import time
 import warnings
@@ -99,6 +100,11 @@ def search(
     name = agent if isinstance(agent, str) else type(agent).__name__
     options = SearchSettings.of({**settings, "agent": name})
     searcher = registry.resolve("agent", agent)() if isinstance(agent, str) else agent
+    if isinstance(searcher, type) or not hasattr(searcher, "run") or not hasattr(searcher, "objectives"):
+        raise ConfigError(
+            f"an agent is a name or an object with `objectives` and `run(env, *, seed)`, but got {searcher!r}; "
+            "see autoprune.agents.base"
+        )
     if options.budget is None and options.max_drop is None and searcher.objectives == "one":
         raise ConfigError("a search needs an aim: give a budget such as macs<=50%, or max_drop such as 0.01, or both")
     watcher = progress or Silent()
@@ -110,10 +116,11 @@ def search(
         "digest": task.digest(),
         "measures": conditions(task, {}),
         "search": options.to_dict(),
+        "agent": _identity_of(searcher),
         "source": None if source is None else dict(source),
         "versions": _versions(),
     }
-    going_on = folder.claim(config, ("digest", "measures", "search"))
+    going_on = folder.claim(config, ("digest", "measures", "search", "agent"))
     prepared = prepare(task, options)
     evaluator = evaluator_of(prepared, folder)
     if going_on and folder.result.exists():
@@ -127,31 +134,37 @@ def search(
         report = SensitivityReport.load(Path(reuse))
         report.require(task.digest(), conditions(task, options.measured_with))
         report.save(folder.sensitivity)
-    job = _Search(prepared, evaluator, folder, watcher, started)
     log = tracker or MLflowTracker(experiment="autoprune", run_name=folder.path.name, parent_run_id=_parent_run(folder))
-    return job.run(searcher, log)
+    return _Search(prepared, evaluator, folder, watcher, log, started).run(searcher)
 
 
 class _Search:
     """One search on its way; `run` is its story from top to bottom."""
 
     def __init__(
-        self, prepared: Prepared, evaluator: Evaluator, folder: RunFolder, progress: Progress, started: float
+        self,
+        prepared: Prepared,
+        evaluator: Evaluator,
+        folder: RunFolder,
+        progress: Progress,
+        tracker: Tracker,
+        started: float,
     ) -> None:
         self.prepared = prepared
         self.settings = prepared.settings
         self.evaluator = evaluator
         self.folder = folder
         self.progress = progress
+        self.tracker = tracker
         self.started = started
         limit = self.settings.time_limit
         self.deadline = None if limit is None else started + limit
-
-    def run(self, agent: Any, tracker: Tracker) -> SearchResult:
-        dense = self.measure_dense()
-        self.tracker = tracker
-        tracker.start(self.settings.to_dict(), {"task": self.prepared.task.name, "run": str(self.folder.path)})
         self.logged: set[str] = set()
+
+    def run(self, agent: Any) -> SearchResult:
+        dense = self.measure_dense()
+        tracker = self.tracker
+        tracker.start(self.settings.to_dict(), {"task": self.prepared.task.name, "run": str(self.folder.path)})
         status = "FAILED"
         network: PrunedNetwork | None = None
         summary: dict[str, Any] = {}
@@ -229,7 +242,6 @@ class _Search:
         """Measure the groups one by one; at most half of the time limit goes into it."""
         if not self.settings.sensitivity:
             return None
-        limit = self.settings.time_limit
         self.progress.begin("sensitivity", len(self.prepared.structure) * len(self.settings.sensitivity))
         report = analyse_sensitivity(
             self.prepared.bench,
@@ -238,17 +250,24 @@ class _Search:
             sparsities=self.settings.sensitivity,
             settings=self.settings.measured_with,
             evidence=self.prepared.evidence,
-            deadline=None if limit is None else self.started + limit / 2,
+            deadline=self._analysis_deadline(),
             progress=lambda group, done, _: self.progress.step(done, group),
         )
         self.progress.end()
         return report
 
+    def _analysis_deadline(self) -> float | None:
+        """Return when to stop measuring cells: at once where candidates are there, whose agent saw those cells."""
+        if len(self.evaluator.ledger):
+            return -math.inf
+        limit = self.settings.time_limit
+        return None if limit is None else self.started + limit / 2
+
     # -- search ---------------------------------------------------------------------------------------------------
 
     def search(self, agent: Any, sensitivity: SensitivityReport | None, dense: Measurement) -> Arm:
         """Evaluate the controls, then run the agent until its evaluations are spent."""
-        several = agent.objectives == "several" or self.settings.budget is None
+        several = agent.objectives == "several" or self.settings.max_drop is not None
         spend, shares = ((0.0, 1.0), (0.5, 0.75, 0.25)) if several else ((1.0, 1.0), (1.0,))
         controls = self.settings.control_size
         count = 1 + controls + self.settings.candidates
@@ -273,7 +292,8 @@ class _Search:
         uniform = Arm(self.evaluator, "uniform", "uniform", 1, self.deadline)
         random = Arm(self.evaluator, "random", "random", controls, self.deadline)
         arm = Arm(self.evaluator, "search", self.settings.agent, self.settings.candidates, self.deadline)
-        control_space = registry.resolve("search space", "group")(self.prepared.feasible, spend=spend)
+        control_spend = spend if self.settings.budget is None else (1.0, 1.0)
+        control_space = registry.resolve("search space", "group")(self.prepared.feasible, spend=control_spend)
         with contextlib.suppress(SearchOver):
             watched(uniform)(self._uniform(1.0))
         plain = registry.resolve("agent", "random")()
@@ -366,7 +386,7 @@ class _Search:
     def _uniform(self, target: float) -> Policy:
         """Return the least uniform sparsity that uses at most this share of the budget."""
         feasible = self.prepared.feasible
-        return feasible.policy(feasible.project(np.zeros(len(feasible.structure)), target))
+        return feasible.policy(feasible.uniform(target))
 
     # -- after ----------------------------------------------------------------------------------------------------
 
@@ -386,7 +406,8 @@ class _Search:
                 self.tracker.candidate(candidate)
         picked = rebuild(self.evaluator, chosen, rule)
         randoms = [c for c in ledger if c.arm == "random"]
-        best_random = max((c for c in measured(randoms)), key=lambda c: c.accuracy, default=None)
+        comparable = [c for c in measured(randoms) if self.settings.budget is not None or c.macs <= chosen.macs]
+        best_random = max(comparable, key=lambda c: c.accuracy, default=None)
         summary = {
             "agent": self.settings.agent,
             "evaluations": len(ledger),
@@ -424,8 +445,20 @@ class _Search:
     def _said(self, candidate: Candidate, best: Sequence[float]) -> str:
         result = f"failed: {candidate.failure}" if candidate.failure else f"accuracy {candidate.accuracy:.4f}"
         macs = candidate.macs / self.prepared.costs.dense.macs
-        top = f", best {best[-1]:.4f}" if best else ""
+        top = ""
+        if best and self.settings.max_drop is None:
+            top = f", best {best[-1]:.4f}"
+        elif best:
+            within = f"best {1 - best[-1]:.1%} of the MACs within the drop"
+            top = f", {within}" if best[-1] >= 0 else ", none within the drop yet"
         return f"{candidate.agent} {result} at {macs:.1%} of the MACs{top}"
+
+
+def _identity_of(agent: Any) -> dict[str, Any]:
+    """Return what tells agents apart: the class, and those of its settings that JSON can hold."""
+    settings = getattr(agent, "__dict__", {}).items()
+    plain = {name: value for name, value in settings if isinstance(value, str | int | float | bool | None)}
+    return {"class": f"{type(agent).__module__}.{type(agent).__qualname__}", **plain}
 
 
 def _until_over(agent: Any, environment: "PruningEnv", seed: int) -> None:

@@ -57,6 +57,7 @@ class SearchSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         budget = Budget.parse(self.budget)
         object.__setattr__(self, "budget", str(budget) or None)
         object.__setattr__(self, "sensitivity", tuple(float(s) for s in self.sensitivity))
@@ -80,6 +81,27 @@ class SearchSettings:
         for name in ("lr", "time_limit"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"`{name} > 0` must hold, but got {name}={getattr(self, name)}")
+
+    def _check_types(self) -> None:
+        texts = ("budget", "agent", "space", "criterion")
+        wholes = ("candidates", "control", "finetune_steps", "calibration_images", "seed")
+        numbers = ("max_drop", "lr", "max_sparsity", "time_limit")
+        optional = ("budget", "max_drop", "control", "time_limit")
+        for names, kind, word in (
+            (texts, str, "text"),
+            (wholes, int, "a whole number"),
+            (numbers, (int, float), "a number"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not (isinstance(value, kind) and not isinstance(value, bool)) and not (
+                    value is None and name in optional
+                ):
+                    raise ConfigError(f"`{name}` must be {word}, but got {value!r}")
+        if not isinstance(self.bounds, Mapping):
+            raise ConfigError(
+                f"`bounds` must be a table, but got {self.bounds!r}; read a file by autoprune.bounds.read_bounds"
+            )
 
     def _check_name(self, family: str, name: str) -> None:
         if name not in registry.names(family):

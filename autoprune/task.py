@@ -54,11 +54,11 @@ class Task:
         test: Sealed; `open_test` hands it to the finaliser, once.
         example_input: `(1, ...)`, what the network is traced with; by default the first of `val`.
         augment: Takes a batch of inputs and a `torch.Generator`, returns new inputs.
-        metric: Per-sample score, `(outputs, targets) -> (n,)` float, higher is better.
+        metric: Per-sample score in [0, 1], `(outputs, targets) -> (n,)` float, higher is better.
         loss: Per-sample loss, `(outputs, targets) -> (n,)` float.
         val_fraction: In (0, 1).
         split_seed: Of the cut.
-        batch_size: Of validation, and a search's default for training.
+        batch_size: Of validation, where that split is too large to be kept in memory.
         name: For reports; by default the network's.
 
     Raises:
@@ -104,7 +104,8 @@ class Task:
         self._val = given["val"]
         self._sealed_test = _Sealed(given.get("test"))
         first = _first_batch(self._val, "val")
-        self.example_input = (first[0] if example_input is None else example_input)[:1].clone()
+        device = next(model.parameters(), first[0]).device
+        self.example_input = (first[0] if example_input is None else example_input)[:1].clone().to(device)
         self._check(first)
 
     @classmethod
@@ -187,6 +188,17 @@ class Task:
             TestSetError: Another asks, it was opened before, or the task has none.
         """
         return self._sealed_test.open(reader)
+
+    @property
+    def test_read(self) -> bool:
+        """Whether the test split was opened already."""
+        return self._sealed_test.read
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Return how many training batches make a pass: of this size, or of a DataLoader's own."""
+        loader = self._train.loader if isinstance(self._train, data.LoaderSplit) else None
+        own = None if loader is None else loader.batch_size
+        return max(1, len(self._train) // (own or batch_size)) if loader is None or own else len(loader)
 
     def fresh_model(self) -> nn.Module:
         """Return a deep copy of the network, in the mode and on the device it is in."""
@@ -275,6 +287,9 @@ class Task:
             if not isinstance(values, Tensor) or values.shape != (len(inputs),):
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise TaskError(f"{wanted}, but returns {got}; leave out the mean (reduction='none')")
+            if what == "metric" and not bool(((values >= 0) & (values <= 1)).all()):
+                found = values[(values < 0) | (values > 1) | values.isnan()][0].item()
+                raise TaskError(f"the metric must lie in [0, 1], higher being better, but returns {found:g}; scale it")
 
     def _check_targets(self, outputs: Tensor, targets: Tensor, role: str) -> None:
         """Class numbers must be among the outputs, where the measures are the default ones."""
@@ -303,6 +318,7 @@ class _Sealed:
 
     def __init__(self, split: Split | None) -> None:
         self.size = 0 if split is None else len(split)
+        self.read = False
         self._split = split
 
     def open(self, reader: str) -> Split:
@@ -315,6 +331,7 @@ class _Sealed:
         if self._split is None:
             raise TestSetError("the test set has been read already; a second reading would make it a validation set")
         split, self._split = self._split, None
+        self.read = True
         return split
 
 

@@ -20,6 +20,7 @@ import autoprune as ap
 from autoprune import data
 from autoprune.cli import watching
 from autoprune.evaluation import Candidate, measure
+from autoprune.task import FINALISER
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
     searched = time.monotonic() - started
     candidates = {candidate.id: candidate for candidate in result.candidates}
     chosen = {name: candidates[result.summary[name]["id"]] for name in ("picked", "uniform")}
-    test = data.load("cifar10", options.data_root).test
+    test = list(task.open_test(FINALISER).batches(500))  # once, for both
     rows = {name: _row(result, candidate, options.epochs, test, task) for name, candidate in chosen.items()}
 
     reloaded = ap.load(result.run / "pruned")
@@ -67,14 +68,16 @@ def main() -> None:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _row(result: ap.SearchResult, candidate: Candidate, epochs: int, test: data.Split, task: ap.Task) -> dict[str, Any]:
+def _row(
+    result: ap.SearchResult, candidate: Candidate, epochs: int, test: list[data.Batch], task: ap.Task
+) -> dict[str, Any]:
     row: dict[str, Any] = {"policy": dict(candidate.policy), "macs": candidate.macs, "params": candidate.params}
     for measurement in candidate.measurements:
         row[measurement.fidelity] = measurement.accuracy
     if epochs:
         network = result.network(candidate).finetune(epochs)
         row["full"] = network.accuracy
-        row["test"] = measure(network.model, test.batches(500), task.metric, task.loss).summary("full").accuracy
+        row["test"] = measure(network.model, test, task.metric, task.loss).summary("full").accuracy
     return row
 
 

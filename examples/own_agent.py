@@ -11,7 +11,7 @@ from autoprune.environment import PruningEnv
 
 
 class HillClimber:
-    """Moves one coordinate of the best point found, and stays where it is better."""
+    """Tries points near the best one found, and stays where it is better."""
 
     objectives: ClassVar[Objectives] = "one"
 
@@ -21,8 +21,7 @@ class HillClimber:
         best = rng.random(len(env.space.dimensions))
         highest = env.value(env.evaluate(env.space.decode(best)))
         while True:
-            point = best.copy()
-            point[rng.integers(len(point))] = rng.random()
+            point = np.clip(best + rng.normal(0, 0.2, len(best)), 0, 1)
             value = env.value(env.evaluate(env.space.decode(point)))
             if value > highest:
                 best, highest = point, value

@@ -3,15 +3,11 @@
 from collections.abc import Sequence
 from typing import final
 
-import numpy as np
-
-from autoprune.cost import FeasibleSet, Removed
+from autoprune.cost import FeasibleSet
 from autoprune.policy import Policy
 from autoprune.search_spaces.base import Spend, checked_point
 
 __all__ = ["Uniform"]
-
-_STEPS = 40  # bisection steps: 2^-40 is finer than any element count
 
 
 @final
@@ -35,19 +31,8 @@ class Uniform:
         """Return the policy that a point stands for."""
         values = checked_point(point, self.dimensions)
         target = self._spend.target(float(values[0]) if self._spend.names else 0.0)
-        low, high = 0.0, 1.0
-        if self._feasible.utilisation(self._at(low)) <= target:
-            return self._feasible.policy(self._at(low))
-        for _ in range(_STEPS):
-            middle = (low + high) / 2
-            fits = self._feasible.utilisation(self._at(middle)) <= target
-            low, high = (low, middle) if fits else (middle, high)
-        return self._feasible.policy(self._at(high))
+        return self._feasible.policy(self._feasible.uniform(target))
 
     def encode(self, policy: Policy) -> list[float]:
         """Return a point for a policy."""
         return self._spend.coordinates(self._feasible.utilisation(self._feasible.removed(policy)))
-
-    def _at(self, sparsity: float) -> Removed:
-        counts: Removed = np.rint(sparsity * self._feasible.sizes).astype(np.int64)
-        return np.minimum(np.maximum(counts, self._feasible.lower), self._feasible.upper)

@@ -95,8 +95,11 @@ def test_another_search_in_the_same_folder_is_refused(
     assert "its seed is 0, not 1" in capsys.readouterr().err
 
 
-def test_pick_report_and_finalize(finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_pick_report_and_finalize(
+    finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, _ = finished
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{out.parent / 'mlflow.db'}")  # where the search was logged
     assert run("pick", str(out), "--budget", "macs<=40%,params<=90%", "--json") == 0
     picked = json.loads(capsys.readouterr().out.splitlines()[-1])["picked"]
     recipe = json.loads((out / "pruned" / "recipe.json").read_text())

@@ -18,8 +18,10 @@ _TASK = "data models task"
 _NETWORK = f"{_BASE} structure cost"
 _TRAINING = f"{_NETWORK} {_TASK} scoring scheduling"
 _EVALUATION = f"{_TRAINING} finetuning evaluation"
-_RESULT = f"_version {_EVALUATION} bounds settings preparation sensitivity pareto report export finaliser result"
-_PARTS = f"{_RESULT} environment tracking"
+_RESULT = (
+    f"_version {_EVALUATION} bounds settings preparation sensitivity pareto report export finaliser tracking result"
+)
+_PARTS = f"{_RESULT} environment"
 _ALL = f"{_PARTS} search search_spaces agents autoprune"
 
 # The layers, low to high: a unit (a module or sub-package of autoprune; "autoprune" is the root), and the units that it
@@ -52,7 +54,7 @@ LAYERS = {
     "finaliser": f"{_EVALUATION} export",
     "tracking": f"_version {_EVALUATION} sensitivity",
     "preparation": f"{_EVALUATION} bounds settings",
-    "result": f"{_EVALUATION} settings preparation sensitivity pareto report finaliser",
+    "result": f"{_EVALUATION} settings preparation sensitivity pareto report finaliser tracking",
     "search": _PARTS,
     "search_spaces": f"{_NETWORK} sensitivity",
     "agents": f"{_NETWORK} evaluation sensitivity environment search_spaces",

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from autoprune.testing import AgentContract, SearchSpaceContract
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON_LANGUAGES = {"python", "py", "pycon"}
 OTHER_LANGUAGES = {"bash", "sh", "console", "shell", "text", "toml", "json"}
@@ -154,3 +156,30 @@ class TestTheTestsBite:
     def test_a_command_or_option_that_is_not_there(self):
         assert command_faults(["autoprune", "serach"]) == ["no command serach"]
         assert command_faults(["autoprune", "search", "--agent", "tpe", "--agents=tpe"]) == ["search has no --agents"]
+
+
+def classes_in_readme() -> dict[str, type]:
+    """Return the classes that the README's Python defines."""
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for block in python_blocks((ROOT / "README.md").read_text(encoding="utf-8")):
+        if re.search(r"^class ", block, re.M):
+            exec(block, namespace)
+    return {name: value for name, value in namespace.items() if isinstance(value, type)}
+
+
+class TestReadmeSpace(SearchSpaceContract):
+    """The search space that the README shows keeps the contract."""
+
+    @pytest.fixture
+    def make_space(self):
+        return classes_in_readme()["Quadratic"]
+
+
+class TestReadmeAgent(AgentContract):
+    """So does the agent."""
+
+    @pytest.fixture
+    def agent(self):
+        return classes_in_readme()["HillClimber"]()
+
+    test_same_seed_gives_same_policies_in_another_process = None  # it would need the README there as well

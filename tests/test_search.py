@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune import export
+from autoprune.agents.random import RandomAgent
 from autoprune.cost import Cost, CostModel, count
 from autoprune.data import TensorSplit
+from autoprune.environment import PruningEnv
 from autoprune.errors import (
     ConfigError,
     DivergedError,
@@ -855,6 +857,56 @@ def test_finalizing_trains_and_reads_the_test_set_once(tmp_path: Path, light: No
             again.finalize(epochs=1)
         assert one_line(error)
     assert split.passes == passes + 1
+
+
+def test_a_finalised_network_is_not_replaced(tmp_path: Path, light: None) -> None:
+    result = run(tmp_path / "run", make_task(), candidates=2, sensitivity=())
+    result.finalize(epochs=1)
+    before = (tmp_path / "run" / "pruned" / "recipe.json").read_bytes()
+    with pytest.raises(RunError, match=r"was finalised, and .* holds the fine-tuned network") as error:
+        result.choose(result.pick())
+    assert one_line(error)
+    assert (tmp_path / "run" / "pruned" / "recipe.json").read_bytes() == before
+
+
+def test_finalizing_after_a_test_by_hand_is_refused_before_anything_is_trained(tmp_path: Path, light: None) -> None:
+    result = run(tmp_path / "run", make_task(), candidates=2, sensitivity=())
+    result.pick().test()
+    before = (tmp_path / "run" / "pruned" / "recipe.json").read_bytes()
+    with pytest.raises(TestSetError, match="has been read already"):
+        result.finalize(epochs=1, progress=lambda *_: pytest.fail("it trains"))
+    assert (tmp_path / "run" / "pruned" / "recipe.json").read_bytes() == before
+
+
+def test_a_budget_with_a_drop_is_searched_below_the_budget_too(tmp_path: Path, light: None) -> None:
+    result = run(tmp_path / "run", budget="macs<=90%", max_drop=0.9, candidates=6)
+    macs = [c.macs / result.dense["macs"] for c in result.candidates if c.arm == "search"]
+    assert min(macs) < 0.6
+    controls = [c.macs / result.dense["macs"] for c in result.candidates if c.arm == "random"]
+    assert min(controls) > 0.8  # the control fills the budget
+
+
+def test_agents_of_other_settings_are_other_searches(tmp_path: Path, light: None) -> None:
+    class Agent:
+        objectives = "one"
+
+        def __init__(self, setting: int) -> None:
+            self.setting = setting
+
+        def run(self, env: PruningEnv, *, seed: int) -> None:
+            RandomAgent().run(env, seed=seed)
+
+    run(tmp_path / "run", agent=Agent(1), candidates=1, sensitivity=())
+    with pytest.raises(RunError, match="its setting is 1, not 2"):
+        run(tmp_path / "run", agent=Agent(2), candidates=1, sensitivity=())
+
+
+@pytest.mark.parametrize("agent", [RandomAgent, None, object()])
+def test_what_is_no_agent_is_refused_at_once(tmp_path: Path, agent: object) -> None:
+    with pytest.raises(ConfigError, match="an agent is a name or an object with") as error:
+        run(tmp_path / "run", agent=agent)
+    assert one_line(error)
+    assert not (tmp_path / "run").exists()
 
 
 def test_finalizing_without_a_test_set_leaves_it_out(tmp_path: Path, light: None) -> None:

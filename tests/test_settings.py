@@ -100,3 +100,13 @@ def test_bounds_are_the_settings_own_copy() -> None:
     settings = SearchSettings(bounds=table)
     table["conv1"]["max"] = 0.9
     assert settings.bounds == {"conv1": {"max": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_drop", "1%"), ("candidates", "5"), ("candidates", True), ("bounds", "bounds.toml"), ("budget", 0.5)],
+)
+def test_a_value_of_another_type_is_one_line(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"`{name}` must be") as error:
+        SearchSettings.of({name: value})
+    assert "\n" not in str(error.value)

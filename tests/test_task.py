@@ -309,8 +309,10 @@ def test_other_measures_may_have_other_targets() -> None:
 
     with torch.random.fork_rng(devices=[]):
         net = Net(1)
-    task = Task(net, train=floats(20), metric=lambda out, y: -squared(out, y), loss=squared)
+    task = Task(net, train=floats(20), metric=lambda out, y: (-squared(out, y)).exp(), loss=squared)
     assert task.n_val == 2
+    with pytest.raises(TaskError, match=r"the metric must lie in \[0, 1\], higher being better, but returns -"):
+        Task(net, train=floats(20), metric=lambda out, y: -squared(out, y), loss=squared)
 
 
 # -------------------------------------------------------------------------------------------- digests and description
@@ -359,7 +361,7 @@ def test_the_description_is_json_and_says_what_was_cut(net: nn.Module) -> None:
 def test_a_named_task_follows_its_data() -> None:
     task = Task.named("resnet8", "digits", split_seed=1)
     assert task.describe()["model"] == models.ModelSpec("resnet8", 10, 1, 8).to_dict()
-    assert (task.n_train, task.n_val, task.n_test, task.name) == (1290, 143, 364, "resnet8 on digits")
+    assert (task.n_train, task.n_val, task.n_test, task.name) == (1075, 358, 364, "resnet8 on digits")
     assert task.example_input.shape == (1, 1, 8, 8)
     assert task.augment is not None
     again = Task.named("resnet8", "digits", split_seed=1, model=task.model)
@@ -434,3 +436,11 @@ def test_a_users_file_that_gives_no_task_is_refused(file: Path, spec: str, expec
     with torch.random.fork_rng(devices=[]), pytest.raises(expected, match=message) as error:
         load_task(spec)
     assert one_line(error)
+
+
+def test_an_epoch_has_the_steps_of_the_loader_that_makes_it(net: nn.Module) -> None:
+    inputs, targets = samples(60, 1)
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=20)
+    assert Task(net, train=loader, val=samples(20, 100)).steps_per_epoch(7) == 3
+    assert Task(net, train=(inputs, targets), val=samples(20, 100)).steps_per_epoch(7) == 8
+    assert Task(net, train=(inputs, targets), val=samples(20, 100)).steps_per_epoch(1000) == 1

@@ -127,6 +127,25 @@ class FeasibleSet:
             low, high = (middle, high) if self.utilisation(at(middle)) > target else (low, middle)
         return at(high)
 
+    def uniform(self, target: float = 1.0) -> Removed:
+        """Return the counts of the lowest sparsity, the same for all groups within their bounds, that uses no more.
+
+        Args:
+            target: Share of the budget to use at most.
+        """
+
+        def at(sparsity: float) -> Removed:
+            counts: Removed = np.rint(sparsity * self.sizes).astype(np.int64)
+            return np.minimum(np.maximum(counts, self.lower), self.upper)
+
+        low, high = 0.0, 1.0
+        if self.utilisation(at(low)) <= target:
+            return at(low)
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.utilisation(at(middle)) > target else (low, middle)
+        return at(high)
+
     def interval(self, removed: Removed, index: int, undecided: npt.NDArray[np.bool_]) -> tuple[int, int]:
         """Return the fewest and most elements that group `index` may lose, given what is decided.
 
