@@ -130,6 +130,9 @@ class FeasibleSet:
     def uniform(self, target: float = 1.0) -> Removed:
         """Return the counts of the lowest sparsity, the same for all groups within their bounds, that uses no more.
 
+        Several groups round to another count at the same sparsity, which may save more than is asked for; those then
+        keep their element, in order, whose removal is not needed, so that uniform is compared at its full cost.
+
         Args:
             target: Share of the budget to use at most.
         """
@@ -144,7 +147,12 @@ class FeasibleSet:
         for _ in range(_STEPS):
             middle = (low + high) / 2
             low, high = (middle, high) if self.utilisation(at(middle)) > target else (low, middle)
-        return at(high)
+        counts, looser = at(high), at(low)
+        for index in np.flatnonzero(looser < counts).tolist():
+            trial = counts.copy()
+            trial[index] = looser[index]
+            counts = trial if self.utilisation(trial) <= target else counts
+        return counts
 
     def interval(self, removed: Removed, index: int, undecided: npt.NDArray[np.bool_]) -> tuple[int, int]:
         """Return the fewest and most elements that group `index` may lose, given what is decided.

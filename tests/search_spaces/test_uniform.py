@@ -21,9 +21,14 @@ def test_a_fixed_spend_leaves_a_single_point() -> None:
 
 def test_sparsity_is_the_lowest_that_fits() -> None:
     feasible = chain((10, 10, 10))
-    sparsities = set(Uniform(feasible, spend=(1.0, 1.0)).decode([]).values())
-    fitting = [k for k in range(10) if feasible.utilisation(np.array([k, k, k])) <= 1]
-    assert sparsities == {min(fitting) / 10}
+    removed = feasible.removed(Uniform(feasible, spend=(1.0, 1.0)).decode([]))
+    lowest = next(k for k in range(10) if feasible.utilisation(np.array([k, k, k])) <= 1)
+    assert set(removed.tolist()) <= {lowest - 1, lowest}
+    assert feasible.utilisation(removed) <= 1
+    for index in np.flatnonzero(removed == lowest):  # each of these is needed
+        removed[index] -= 1
+        assert feasible.utilisation(removed) > 1
+        removed[index] += 1
 
 
 @given(st.floats(0, 1))
