@@ -36,7 +36,7 @@ def main() -> None:
             candidates=options.candidates,
             finetune_steps=options.finetune_steps,
             seed=options.seed,
-            sensitivity=(0.3, 0.6) if options.quick else (0.25, 0.5, 0.75),
+            sensitivity=(0.5,) if options.quick else (0.25, 0.5, 0.75),
             calibration_images=1000 if options.quick else 2000,
             out=options.out,
             progress=progress,

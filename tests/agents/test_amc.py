@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import NStepReplayBuffer
 
+from autoprune import search
 from autoprune.agents import amc
 from autoprune.agents.amc import AMCAgent, truncated_normal
 from autoprune.agents.base import Agent
 from autoprune.agents.random import RandomAgent
 from autoprune.environment import Observation, PruningEnv
 from autoprune.errors import ConfigError
+from autoprune.finetuning import Recipe, train
+from autoprune.task import Task
 from autoprune.testing import AgentContract, SyntheticEvaluator, run_agent, synthetic_env
+from autoprune.tracking import NullTracker
 
 WIDTHS = (16, 32, 32, 64)
 
@@ -229,3 +234,23 @@ def test_generators_come_back_when_the_borrower_fails() -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.get_num_threads() == threads
     assert (repr(np.random.get_state()), random.getstate()) == before[1:]  # noqa: NPY002
+
+
+def test_beats_random_on_the_digits_in_a_few_episodes(tmp_path: Path) -> None:
+    untrained = Task.named("resnet8", "digits")
+    model = untrained.fresh_model()
+    recipe = Recipe(lr=0.1, batch_size=64)
+    train(model, untrained.train_batches(64, seed=0), 160, recipe=recipe, loss=untrained.loss, seed=0)
+    result = search(
+        Task.named("resnet8", "digits", model=model),
+        budget="macs<=30%",
+        agent="amc",
+        candidates=16,
+        control=16,
+        finetune_steps=10,
+        tracker=NullTracker(),
+        out=tmp_path / "run",
+    )
+    accuracies = {arm: [c.accuracy for c in result.candidates if c.arm == arm] for arm in ("search", "random")}
+    assert np.mean(accuracies["search"]) > np.mean(accuracies["random"]) + 0.03
+    assert max(accuracies["search"]) > max(accuracies["random"]) - 0.01
