@@ -9,9 +9,9 @@ from typing import Annotated, Any, final
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 
 import autoprune
 from autoprune import bounds, data, export, models, registry
@@ -172,7 +172,7 @@ def _task(source: dict[str, Any], *, baseline: Path, progress: Progress, trained
 def _trained(task: Task, *, epochs: int, lr: float, batch_size: int, seed: int, progress: Progress) -> Any:
     model = task.fresh_model()
     steps = epochs * max(1, task.n_train // batch_size)
-    progress.begin("training the dense network", steps)
+    progress.begin("training", steps)
     recipe = Recipe(lr=lr, batch_size=batch_size)
     batches = task.train_batches(batch_size, derive(seed, "baseline"))
 
@@ -542,14 +542,14 @@ class _Bar:
     """A progress bar on a terminal."""
 
     def __init__(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = RichProgress(*columns, TextColumn("{task.fields[said]}"), console=_err)
+        fixed = [
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=11)),
+            BarColumn(bar_width=12, table_column=Column(min_width=12)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=5)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        ]
+        said = TextColumn("{task.fields[said]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        self._bar = RichProgress(*fixed, said, console=_err)
         self._task: Any = None
 
     def __enter__(self) -> "_Bar":

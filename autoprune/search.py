@@ -447,11 +447,11 @@ class _Search:
         macs = candidate.macs / self.prepared.costs.dense.macs
         top = ""
         if best and self.settings.max_drop is None:
-            top = f", best {best[-1]:.4f}"
+            top = f"best {best[-1]:.4f}; "
         elif best:
-            within = f"best {1 - best[-1]:.1%} of the MACs within the drop"
-            top = f", {within}" if best[-1] >= 0 else ", none within the drop yet"
-        return f"{candidate.agent} {result} at {macs:.1%} of the MACs{top}"
+            within = f"best {1 - best[-1]:.1%} of the MACs within the drop; "
+            top = within if best[-1] >= 0 else "none within the drop yet; "
+        return f"{top}{candidate.agent} {result} at {macs:.1%} of the MACs"
 
 
 def _identity_of(agent: Any) -> dict[str, Any]:
