@@ -102,6 +102,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Criterion = Annotated[str, typer.Option(help=f"How elements are ranked: {', '.join(registry.names('criterion'))}.")]
 Calibration = Annotated[int, typer.Option(help="Augmented training images for the batch-norm statistics.")]
+Units = Annotated[
+    str,
+    typer.Option(
+        help="What may be removed: channels, heads, blocks; and as zeros in place: weights, N:M such as 2:4, tiles "
+        "such as 16x16."
+    ),
+]
+Multiple = Annotated[int, typer.Option(help="The channels that stay in a layer are a multiple of this.")]
+Normalised = Annotated[
+    bool, typer.Option("--normalised", help="Offer groups that a norm such as LayerNorm runs across, too.")
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a search.", show_default=False)]
 
 
@@ -209,7 +220,7 @@ def search(
     val_fraction: ValFraction = None,
     split_seed: SplitSeed = 0,
     budget: Annotated[
-        str | None, typer.Option(help="Upper limits, such as 'macs<=50%', 'macs<=20M,params<=0.4'.")
+        str | None, typer.Option(help="Upper limits, such as 'macs<=50%', 'macs<=20M,params<=0.4', 'latency<=5ms'.")
     ] = None,
     max_drop: Annotated[
         float | None,
@@ -232,6 +243,9 @@ def search(
     sensitivity: Annotated[
         str, typer.Option(help="Sparsities at which every group is measured first; empty for none.")
     ] = "0.25,0.5,0.75",
+    units: Units = "channels,heads",
+    multiple: Multiple = 1,
+    normalised: Normalised = False,
     max_sparsity: Annotated[float, typer.Option(help="Highest sparsity of any group.")] = 0.9,
     bounds_file: Annotated[
         Path | None, typer.Option("--bounds", help="A TOML table [groups] that locks or bounds single groups.")
@@ -262,6 +276,9 @@ def search(
         "calibration_images": calibration_images,
         "criterion": criterion,
         "sensitivity": _numbers(sensitivity),
+        "units": _names(units),
+        "multiple": multiple,
+        "normalised": normalised,
         "max_sparsity": max_sparsity,
         "bounds": {} if bounds_file is None else bounds.read_bounds(bounds_file),
         "time_limit": time_limit,
@@ -294,6 +311,9 @@ def sensitivity(
     split_seed: SplitSeed = 0,
     sparsities: Annotated[str, typer.Option(help="The grid, in (0, 1).")] = ",".join(map(str, SPARSITIES)),
     criterion: Criterion = "l1",
+    units: Units = "channels,heads",
+    multiple: Multiple = 1,
+    normalised: Normalised = False,
     calibration_images: Calibration = 2000,
     shard: Annotated[
         str, typer.Option(help="i/n: measure every n-th cell from the i-th; merge the files afterwards.")
@@ -313,7 +333,14 @@ def sensitivity(
         RunFolder(out.parent).create()
         report.save(out)
     else:
-        settings = SearchSettings(criterion=criterion, calibration_images=calibration_images, seed=seed)
+        settings = SearchSettings(
+            criterion=criterion,
+            units=_names(units),
+            multiple=multiple,
+            normalised=normalised,
+            calibration_images=calibration_images,
+            seed=seed,
+        )
         source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)
         RunFolder(out.parent).create()
         with watching(quiet) as progress:
@@ -489,6 +516,10 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise ConfigError(f"can't read {text!r} as numbers separated by commas, such as 0.25,0.5,0.75") from error
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _shard(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
     if not (slash and index.isdigit() and count.isdigit()):
@@ -581,7 +612,10 @@ def watching(quiet: bool) -> _Lines | _Bar:
 def _print_result(result: SearchResult) -> None:
     summary, folder = result.summary, RunFolder(result.run)
     dense, picked = summary["dense"], summary["picked"]
-    table = Table("", "accuracy", "MACs", "of dense", "parameters", "of dense", box=None, pad_edge=False)
+    masked = picked["nonzero_params"] < picked["params"]
+    timed = "latency_ms" in picked
+    more = (["not zero"] if masked else []) + (["predicted"] if timed else [])
+    table = Table("", "accuracy", "MACs", "of dense", "parameters", "of dense", *more, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     rows = [
@@ -598,8 +632,14 @@ def _print_result(result: SearchResult) -> None:
                 f"{row['macs'] / dense['macs']:.1%}",
                 f"{row['params']:,}",
                 f"{row['params'] / dense['params']:.1%}",
+                *([f"{row['nonzero_params'] / dense['params']:.1%}"] if masked else []),
+                *([f"{row['latency_ms']:.3g} ms"] if timed else []),
             )
     _out.print(table)
+    if masked:
+        _out.print("zeros in place bring no speed-up in dense execution")
+    time = {name: one["median_ms"] for name, one in summary["latency"].items()}
+    _out.print(f"measured here: {time['picked']:.3g} ms a sample, dense {time['dense']:.3g} ms", highlight=False)
     _out.print(
         f"picked: {picked['rule']}, of {summary['evaluations']} evaluated in {summary['seconds']:.0f} s",
         highlight=False,
@@ -640,6 +680,8 @@ def _print_widths(prepared: Prepared) -> None:
     _out.print(table)
     for locked in structure.locked:
         _out.print(f"locked: {locked.name} ({locked.reason})", highlight=False)
+    for given_up in structure.given_up:
+        _out.print(f"given up: {given_up}", highlight=False)
     cost = prepared.costs.cost(uniform)
     _out.print(f"uniform: {cost.macs:,} MACs, {cost.params:,} parameters", highlight=False)
 

@@ -18,10 +18,12 @@ import torch
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from autoprune.cost import FeasibleSet
 from autoprune.errors import ConfigError
 from autoprune.evaluation.candidate import Candidate
+from autoprune.inputs import call, first_sample
 from autoprune.policy import Policy
 from autoprune.structure import Structure
 
@@ -80,18 +82,22 @@ def layer_facts(model: nn.Module, example_input: torch.Tensor, structure: Struct
         structure: Its groups; one whose first layer does not run is left out.
     """
     watched = copy.deepcopy(model).eval()
+    modules = dict(watched.named_modules())
     shapes: dict[str, torch.Size] = {}
     for group in structure:
-        watched.get_submodule(group.layers[0]).register_forward_hook(_note_shape(group.layers[0], shapes))
+        if group.layers[0] in modules:
+            modules[group.layers[0]].register_forward_hook(_note_shape(group.layers[0], shapes))
     with torch.no_grad():
-        watched(example_input[:1])
+        call(watched, first_sample(example_input))
     firsts = {group.name: group.layers[0] for group in structure if group.layers[0] in shapes}
-    return {group: _facts(watched.get_submodule(layer), shapes[layer]) for group, layer in firsts.items()}
+    return {group: _facts(modules[layer], shapes[layer]) for group, layer in firsts.items()}
 
 
-def _note_shape(name: str, shapes: dict[str, torch.Size]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        shapes.setdefault(name, output.shape)
+def _note_shape(name: str, shapes: dict[str, torch.Size]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.dim()), None)
+        if first is not None:
+            shapes.setdefault(name, first.shape)
 
     return hook
 
@@ -102,8 +108,8 @@ def _facts(layer: nn.Module, shape: torch.Size) -> LayerFacts:
         return LayerFacts(
             layer.out_channels, layer.in_channels, height, width, int(layer.stride[0]), int(layer.kernel_size[0])
         )
-    weight = layer.get_parameter("weight")
-    return LayerFacts(shape[-1], weight.numel() // shape[-1], 1, 1, 0, 0)
+    weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() > 1)
+    return LayerFacts(shape[-1], weights // shape[-1], 1, 1, 0, 0)
 
 
 class Observation(NamedTuple):
@@ -281,7 +287,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
             raise ConfigError(f"an action is one number in [-1, 1], but got {np.asarray(action).tolist()}")
         low, high = self.interval
         decided = self._groups[self._next]
-        self._removed[self._next] = round(low + (float(action[0]) + 1) / 2 * (high - low))
+        wanted = decided.nearest(low + (float(action[0]) + 1) / 2 * (high - low))
+        self._removed[self._next] = min(high, max(low, wanted))
         info = {"group": decided.name, "removed": int(self._removed[self._next]), "saturated": low == high}
         self._next += 1
         terminated = self._next == len(self._groups)

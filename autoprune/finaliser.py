@@ -11,7 +11,7 @@ from autoprune.errors import ConfigError
 from autoprune.evaluation import Candidate, Evaluator, Measurement, measure
 from autoprune.finetuning import Recipe
 from autoprune.seeds import derive
-from autoprune.structure import kept_indices, select
+from autoprune.structure import Cut, cut
 from autoprune.task import FINALISER
 
 __all__ = ["PrunedNetwork"]
@@ -69,9 +69,9 @@ class PrunedNetwork:
             raise ConfigError(f"`epochs >= 1` must hold, but got epochs={epochs}")
         settings = recipe or self._evaluator.recovery.recipe
         steps = epochs * self._evaluator.bench.task.steps_per_epoch(settings.batch_size)
-        model = select(self.model, {})
+        model = cut(self.model, Cut())
         seed = derive(self._evaluator.seed, "full fine-tuning", self.candidate.id)
-        self._evaluator.train(model, steps, settings, seed, progress)
+        self._evaluator.train(model, steps, settings, seed, self.candidate.removed, progress)
         measured = self._evaluator.bench.measure(model).summary("full")
         return PrunedNetwork(self._evaluator, self.candidate, model, measured, self.rule)
 
@@ -93,7 +93,6 @@ class PrunedNetwork:
             RunError: The folder can't be written, or the saved network computes something else.
         """
         bench = self._evaluator.bench
-        removed = {name: bench.orders[name][:count] for name, count in self.candidate.removed.items()}
         measured: dict[str, Any] = {
             "id": self.candidate.id,
             "policy": dict(self.candidate.policy),
@@ -109,7 +108,7 @@ class PrunedNetwork:
             self.model,
             folder,
             dense=bench.model,
-            kept=kept_indices(bench.model, bench.structure, removed),
+            change=bench.change(self.candidate.removed),
             example_input=bench.task.example_input,
             measured=measured,
         )

@@ -81,8 +81,8 @@ class ChannelPad(nn.Module):
     """The parameter-free shortcut: every `stride`-th pixel, with zero channels added on both sides.
 
     Option A of He et al. 2016, "Deep Residual Learning for Image Recognition", section 4.2
-    (https://arxiv.org/abs/1512.03385). Only the lengths of the buffers `left` and `right` matter: they stand for the
-    zeros that are added, so that surgery can slice padding like any other tensor. They are not part of `state_dict`.
+    (https://arxiv.org/abs/1512.03385). The buffers `left` and `right` are the zeros of one pixel, so that surgery can
+    slice padding like any other tensor. They are not part of `state_dict`.
 
     Args:
         stride: Step between the pixels kept.
@@ -102,7 +102,12 @@ class ChannelPad(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `(n, c, h, w)` to `(n, left + c + right, ceil(h / stride), ceil(w / stride))`."""
         strided = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(strided, (0, 0, 0, 0, self.left.numel(), self.right.numel()))
+        samples, _, height, width = strided.shape
+        left, right = (
+            zeros.to(strided)[None, :, None, None].expand(samples, -1, height, width)
+            for zeros in (self.left, self.right)
+        )
+        return torch.cat([left, strided, right], dim=1)
 
     def extra_repr(self) -> str:
         """Return what tells two of these apart."""

@@ -12,16 +12,16 @@ __all__ = ["Policy"]
 
 
 class Policy(Mapping[str, float]):
-    """A frozen, ordered map from group name to sparsity, the fraction of the group's elements removed, in [0, 1).
+    """A frozen, ordered map from group name to sparsity, the fraction of the group's elements removed, in [0, 1].
 
     Two policies are equal when they give the same sparsity to the same groups, in any order. Being a map, it can't
-    hold two sparsities for one group.
+    hold two sparsities for one group. Sparsity 1 removes a group whole, which only blocks can bear.
 
     Args:
         sparsities: Group name to sparsity.
 
     Raises:
-        PolicyError: A sparsity is not a number in [0, 1).
+        PolicyError: A sparsity is not a number in [0, 1].
 
     Example:
         >>> policy = Policy({"conv1": 0.5, "conv2": 0.0})
@@ -36,11 +36,8 @@ class Policy(Mapping[str, float]):
     def __init__(self, sparsities: Mapping[str, float]) -> None:
         checked: dict[str, float] = {}
         for group, sparsity in sparsities.items():
-            if not (isinstance(sparsity, Real) and 0.0 <= sparsity < 1.0):
-                raise PolicyError(
-                    f"`0 <= sparsity < 1` must hold for every group, but got {group}={sparsity!r}; "
-                    "to remove as much as possible ask for 0.99, which keeps at least one element"
-                )
+            if isinstance(sparsity, bool) or not (isinstance(sparsity, Real) and 0.0 <= sparsity <= 1.0):
+                raise PolicyError(f"`0 <= sparsity <= 1` must hold for every group, but got {group}={sparsity!r}")
             checked[group] = float(sparsity) + 0.0  # turns -0.0 into the 0.0 that it equals
         self._sparsities = checked
         text = json.dumps({group: round(value, 9) for group, value in sorted(checked.items())})

@@ -2,10 +2,11 @@
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 from autoprune import registry
 from autoprune.bounds import parse_bounds
-from autoprune.cost import CostModel, FeasibleSet
+from autoprune.cost import CostModel, FeasibleSet, LatencyTable
 from autoprune.errors import TaskError, UncountedOperatorWarning
 from autoprune.evaluation import Evaluator, Ledger, Workbench
 from autoprune.run import RunFolder
@@ -43,8 +44,14 @@ class Prepared:
     evidence: Evidence
 
 
-def prepare(task: Task, settings: SearchSettings) -> Prepared:
+def prepare(task: Task, settings: SearchSettings, latency: Path | None = None) -> Prepared:
     """Find a task's groups, score their elements and price policies; nothing is evaluated.
+
+    Args:
+        task: What the user brought.
+        settings: How to search.
+        latency: File of the latency table, which a budget on latency needs: it is read, or made if it is not there. A
+            search that goes on must price policies as it did before.
 
     Raises:
         StructureError: The network's dependencies can't be traced.
@@ -52,7 +59,14 @@ def prepare(task: Task, settings: SearchSettings) -> Prepared:
         ConfigError: A bound or name is wrong.
     """
     with suited_threads(0):  # an input or two at a time
-        structure = analyse_structure(task.model, task.example_input, seed=derive(settings.seed, "proof"))
+        structure = analyse_structure(
+            task.model,
+            task.example_input,
+            kinds=settings.units,
+            multiple=settings.multiple,
+            normalised=settings.normalised,
+            seed=derive(settings.seed, "proof"),
+        )
         costs = CostModel(task.model, task.example_input, structure)
     if not len(structure):
         reasons = (
@@ -64,6 +78,8 @@ def prepare(task: Task, settings: SearchSettings) -> Prepared:
         warnings.warn(
             f"the MACs leave out operators that are not known: {listed}", UncountedOperatorWarning, stacklevel=2
         )
+    if any(limit.metric == "latency" for limit in settings.limits.limits):
+        costs.latency = _latency_table(task, structure, costs, latency)
     bounds = parse_bounds(settings.bounds, structure, settings.max_sparsity)
     feasible = FeasibleSet.build(structure, costs, settings.limits, bounds, settings.max_sparsity)
     images = min(1000, settings.calibration_images)
@@ -76,6 +92,16 @@ def prepare(task: Task, settings: SearchSettings) -> Prepared:
         scores = criterion.score(task.fresh_model().eval(), structure, evidence)
     bench = Workbench(task, structure, removal_orders(scores), settings.calibration_images, settings.seed)
     return Prepared(task, settings, structure, costs, feasible, bench, evidence)
+
+
+def _latency_table(task: Task, structure: Structure, costs: CostModel, file: Path | None) -> LatencyTable:
+    if file is not None and file.exists():
+        return LatencyTable.load(file, costs)
+    with suited_threads(costs.dense.macs):
+        table = LatencyTable.measure(task.fresh_model().eval(), task.example_input, structure, costs)
+    if file is not None:
+        table.save(file)
+    return table
 
 
 def evaluator_of(prepared: Prepared, folder: RunFolder) -> Evaluator:

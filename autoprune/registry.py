@@ -33,6 +33,7 @@ FAMILIES = MappingProxyType(
         ),
         "criterion": MappingProxyType(
             {
+                "identity": "autoprune.scoring.identity:Identity",
                 "l1": "autoprune.scoring.l1:L1",
                 "l2": "autoprune.scoring.l2:L2",
                 "random": "autoprune.scoring.random:Random",

@@ -198,7 +198,7 @@ def open_run(path: str | Path, task: Task) -> SearchResult:
                 f"{folder.path} was searched with another {what} than this task has; open it with its own "
                 "(a function that makes the task must make the same weights and data each time)"
             )
-    prepared = prepare(task, SearchSettings.of(config["search"]))
+    prepared = prepare(task, SearchSettings.of(config["search"]), folder.latency)
     return SearchResult(folder, prepared, evaluator_of(prepared, folder), summary)
 
 

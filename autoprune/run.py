@@ -10,7 +10,7 @@ from autoprune.errors import RunError
 
 __all__ = ["FORMAT", "RunFolder", "write_json"]
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Version of the folder's files; raised when a change makes old ones unreadable."""
 
 
@@ -33,6 +33,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.sensitivity = self.path / "sensitivity.json"
+        self.latency = self.path / "latency.json"
         self.ledger = self.path / "ledger.jsonl"
         self.front = self.path / "front.json"
         self.result = self.path / "result.json"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autoprune import registry
-from autoprune.cost import Budget, FeasibleSet, Limit
+from autoprune.cost import Budget, FeasibleSet, Limit, compare
 from autoprune.errors import (
     ConfigError,
     DivergedError,
@@ -50,6 +50,7 @@ from autoprune.sensitivity import SensitivityReport, conditions
 from autoprune.sensitivity import analyse as analyse_sensitivity
 from autoprune.settings import SearchSettings
 from autoprune.task import Task
+from autoprune.threads import suited_threads
 from autoprune.tracking import MLflowTracker, Tracker
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def search(
         "versions": _versions(),
     }
     going_on = folder.claim(config, ("digest", "measures", "search", "agent"))
-    prepared = prepare(task, options)
+    prepared = prepare(task, options, folder.latency)
     evaluator = evaluator_of(prepared, folder)
     if going_on and folder.result.exists():
         summary = folder.read(folder.result)
@@ -225,7 +226,7 @@ class _Search:
             tried = min(3, steps)
             started = time.monotonic()
             with contextlib.suppress(DivergedError):  # what candidates make of it is on record
-                self.evaluator.train(model, tried, self.settings.recovery.recipe, 0)
+                self.evaluator.train(model, tried, self.settings.recovery.recipe, 0, {})
             training = (time.monotonic() - started) / tried * steps
         each = calibrating + training + passing * (2 if steps else 1)
         cells = len(self.prepared.structure) * len(self.settings.sensitivity)
@@ -421,6 +422,7 @@ class _Search:
             "uniform": None if uniform is None else point_of(uniform),
             "random": {"size": len(randoms), "best": None if best_random is None else point_of(best_random)},
             "predicted": predicted(self.folder, chosen),
+            "latency": self._latency(picked),
         }
         write_front(self.folder, self.evaluator)
         picked.save(self.folder.pruned)
@@ -428,16 +430,24 @@ class _Search:
         render(self.folder)
         return summary, picked
 
+    def _latency(self, picked: PrunedNetwork) -> dict[str, Any]:
+        """Return what the dense and the picked network take for one sample here, measured in turn."""
+        bench, example = self.prepared.bench, self.prepared.task.example_input
+        with suited_threads(bench.macs):
+            times = compare({"dense": bench.model, "picked": picked.model}, example)
+        return {name: dataclasses.asdict(latency) for name, latency in times.items()}
+
     # -- words ----------------------------------------------------------------------------------------------------
 
     def _feasibility(self) -> str:
         feasible, costs = self.prepared.feasible, self.prepared.costs
-        lines = ["              dense     smallest reachable          budget"]
+        lines = ["                        dense     smallest reachable          budget"]
         limits = {limit.metric: limit for limit in feasible.budget.limits}
-        for metric in ("macs", "params", "bytes"):
+        for metric in dict.fromkeys(("macs", "params", "bytes", *limits)):
             full, least = getattr(costs.dense, metric), getattr(feasible.smallest, metric)
-            allowed = f"{limits[metric].absolute(costs.dense):,.0f}" if metric in limits else "-"
-            lines.append(f"{metric:<7}{full:>12,}  {least:>12,} ({least / full:5.1%})  {allowed:>14}")
+            allowed = f"{limits[metric].absolute(costs.dense):,.10g}" if metric in limits else "-"
+            name = f"{metric} ms" if metric == "latency" else metric
+            lines.append(f"{name:<15}{full:>14,.10g}  {least:>12,.10g} ({least / full:5.1%})  {allowed:>14}")
         locked = [f"{group.name} ({group.reason})" for group in self.prepared.structure.locked]
         lines.append(f"{len(self.prepared.structure)} groups can be pruned; locked: {'; '.join(locked) or 'none'}")
         return "\n".join(lines)
@@ -479,7 +489,6 @@ def _versions() -> dict[str, str]:
         "gymnasium",
         "stable-baselines3",
         "mlflow",
-        "torch-pruning",
     )
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 

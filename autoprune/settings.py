@@ -10,6 +10,8 @@ from autoprune.cost import Budget
 from autoprune.errors import ConfigError, UnknownNameError
 from autoprune.evaluation import Recovery
 from autoprune.finetuning import Recipe
+from autoprune.structure.analysis import KINDS
+from autoprune.structure.weights import WeightKind
 
 __all__ = ["SearchSettings"]
 
@@ -30,6 +32,10 @@ class SearchSettings:
         lr: Peak learning rate of short fine-tuning.
         calibration_images: Augmented training images for batch-norm statistics.
         sensitivity: Sparsities at which every group is measured before the search; empty for no analysis.
+        units: What may be removed: "channels", "heads", "blocks", and as zeros in place "weights", N:M patterns such as
+            "2:4" and tiles such as "16x16".
+        multiple: The channels that stay in a layer are a multiple of this.
+        normalised: Whether groups that a norm runs across are offered too.
         max_sparsity: Highest sparsity of any group.
         bounds: Group name or pattern → `lock`, `min`, `max` (see `autoprune.bounds`).
         time_limit: Seconds after which nothing new is evaluated, or None.
@@ -51,6 +57,9 @@ class SearchSettings:
     lr: float = 0.02
     calibration_images: int = 2000
     sensitivity: tuple[float, ...] = (0.25, 0.5, 0.75)
+    units: tuple[str, ...] = ("channels", "heads")
+    multiple: int = 1
+    normalised: bool = False
     max_sparsity: float = 0.9
     bounds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     time_limit: float | None = None
@@ -64,7 +73,13 @@ class SearchSettings:
         object.__setattr__(self, "bounds", {name: dict(line) for name, line in self.bounds.items()})
         self._check_name("search space", self.space)
         self._check_name("criterion", self.criterion)
-        lowest = {"candidates": 1, "finetune_steps": 0, "calibration_images": 2}
+        object.__setattr__(self, "units", tuple(self.units))
+        for unit in self.units:
+            if unit not in KINDS:
+                WeightKind.read(unit)
+        if not self.units:
+            raise ConfigError("`units` must name what may be removed, for example channels")
+        lowest = {"candidates": 1, "multiple": 1, "finetune_steps": 0, "calibration_images": 2}
         for name, minimum in lowest.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"`{name} >= {minimum}` must hold, but got {name}={getattr(self, name)}")
@@ -84,7 +99,7 @@ class SearchSettings:
 
     def _check_types(self) -> None:
         texts = ("budget", "agent", "space", "criterion")
-        wholes = ("candidates", "control", "finetune_steps", "calibration_images", "seed")
+        wholes = ("candidates", "multiple", "control", "finetune_steps", "calibration_images", "seed")
         numbers = ("max_drop", "lr", "max_sparsity", "time_limit")
         optional = ("budget", "max_drop", "control", "time_limit")
         for names, kind, word in (
@@ -125,13 +140,15 @@ class SearchSettings:
     @property
     def measured_with(self) -> dict[str, Any]:
         """What sensitivity cells depend on."""
-        return {"criterion": self.criterion, "calibration_images": self.calibration_images, "seed": self.seed}
+        names = ("criterion", "calibration_images", "seed", "units", "multiple", "normalised")
+        values = {name: getattr(self, name) for name in names}
+        return values | {"units": list(self.units)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object; the time limit is left out, since it does not change what a search is."""
         values = dataclasses.asdict(self)
         del values["time_limit"]
-        return values | {"control": self.control_size, "sensitivity": list(self.sensitivity)}
+        return values | {"control": self.control_size, "sensitivity": list(self.sensitivity), "units": list(self.units)}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:

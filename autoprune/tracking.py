@@ -498,8 +498,7 @@ def _distinct_names(texts: Sequence[str]) -> list[str]:
 
 
 def _candidate_metrics(candidate: Candidate) -> dict[str, float]:
-    cost = candidate.cost
-    metrics: dict[str, float] = {"macs": cost.macs, "params": cost.params, "bytes": cost.bytes}
+    metrics: dict[str, float] = dict(candidate.cost.to_dict())
     metrics |= {"accuracy": candidate.accuracy, "loss": candidate.loss, "seconds": candidate.seconds}
     for rung in candidate.measurements:
         metrics |= {

@@ -137,7 +137,8 @@ class TiedRatios:
         places where the policy's counts change. Those before cost too much, so the projection stops there.
         """
         removed = self._feasible.removed(policy)
-        changes = np.where(removed > self._feasible.lower, removed - 0.5 - self._feasible.lower, 0.0)
+        middle = (removed + self._feasible.fewer(removed)) / 2
+        changes = np.where(removed > self._feasible.lower, middle - self._feasible.lower, 0.0)
         changes = changes / np.maximum(self._range, 1)
         last = np.zeros(self._ties)
         np.maximum.at(last, self._tie, changes)

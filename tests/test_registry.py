@@ -25,7 +25,7 @@ class TestOwnMembers:
         assert registry.resolve("criterion", "l1") is L1
 
     def test_names_are_sorted(self):
-        assert registry.names("criterion") == ["l1", "l2", "random", "taylor"]
+        assert registry.names("criterion") == ["identity", "l1", "l2", "random", "taylor"]
 
     def test_listing_imports_nothing(self, monkeypatch):
         monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} is imported"))
@@ -33,7 +33,8 @@ class TestOwnMembers:
             registry.names(family)
 
     def test_an_unknown_name_gets_the_nearest(self):
-        with pytest.raises(UnknownNameError, match=r"no criterion 'taylr'. Did you mean 'taylor'\? Known: l1, l2"):
+        message = r"no criterion 'taylr'. Did you mean 'taylor'\? Known: identity, l1, l2"
+        with pytest.raises(UnknownNameError, match=message):
             registry.resolve("criterion", "taylr")
 
 

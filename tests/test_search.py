@@ -259,12 +259,13 @@ def test_all_files_are_there(done: Done) -> None:
 
 def test_the_config_holds_everything_resolved(done: Done) -> None:
     config = read(done.out / "config.json")
-    assert config["format"] == 1
+    assert config["format"] == 2
     assert config["task"] == done.task.describe()
     assert config["digest"] == done.task.digest()
     assert config["search"] == SETTINGS | {
         **{"agent": "tpe", "space": "group", "max_drop": None, "criterion": "l1"},
         **{"sensitivity": [0.25, 0.5, 0.75], "max_sparsity": 0.9, "bounds": {}},
+        **{"units": ["channels", "heads"], "multiple": 1, "normalised": False},
     }
     assert {"python", "torch", "optuna", "autoprune"} <= config["versions"].keys()
 
@@ -281,7 +282,7 @@ def test_a_line_of_the_ledger_for_every_candidate_in_order(done: Done) -> None:
     costs = CostModel(done.task.model, done.task.example_input, structure)
     for line in lines:
         assert structure.removed(Policy(line["policy"])) == line["removed"]
-        assert costs.cost(line["removed"]).to_dict() == {key: line[key] for key in ("macs", "params", "bytes")}
+        assert costs.cost(line["removed"]) == Cost.from_dict(line)
         assert [m["fidelity"] for m in line["measurements"]] == ["recalibrated", "short"]
         assert line["macs"] <= costs.dense.macs / 2
         assert line["failure"] is None
@@ -303,6 +304,7 @@ def test_the_result_says_what_happened(done: Done) -> None:
     best = max(lines, key=lambda line: (line["measurements"][-1]["accuracy"], -line["macs"]))
     assert result["picked"] == {
         **{key: best[key] for key in ("id", "arm", "policy", "removed", "macs", "params", "bytes")},
+        **{key: best[key] for key in ("activations", "nonzero_params", "nonzero_macs")},
         **{key: best["measurements"][-1][key] for key in ("accuracy", "accuracy_se", "fidelity")},
         "rule": "most accurate within macs<=50%",
     }
@@ -317,7 +319,8 @@ def test_the_front_is_that_of_all_candidates(done: Done) -> None:
     assert document["hypervolume"] == pytest.approx(hypervolume(members, reference))
     assert [point["id"] for point in document["points"]] == [member.id for member in members]
     assert list(document["points"][0]) == [
-        *("id", "arm", "policy", "accuracy", "accuracy_se", "macs", "params", "bytes", "fidelity")
+        *("id", "arm", "policy", "accuracy", "accuracy_se", "macs", "params", "bytes"),
+        *("activations", "nonzero_params", "nonzero_macs", "fidelity"),
     ]
     assert done.result.front == members
 
@@ -498,7 +501,8 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_ledger(
     watcher = Watcher()
     result = run(out, progress=watcher)
     assert ledger_of(out) == whole
-    assert result.summary | {"seconds": 0} == done.result.summary | {"seconds": 0}
+    timed: dict[str, Any] = {"seconds": 0, "latency": {}}
+    assert result.summary | timed == done.result.summary | timed
     assert read(out / "front.json") == read(done.out / "front.json")
     assert (out / "sensitivity.json").read_bytes() == (done.out / "sensitivity.json").read_bytes()
     assert watcher.lines[0] == f"going on with {out}: {len(whole)} candidates are there"

@@ -183,6 +183,9 @@ class TestStore:
             "macs": 1000,
             "params": 100,
             "bytes": 400,
+            "activations": 0,
+            "nonzero_params": 100,
+            "nonzero_macs": 1000,
             "seconds": 1.5,
             "recalibrated.accuracy": 0.5,
             "recalibrated.accuracy_se": 0.05,
@@ -206,7 +209,15 @@ class TestStore:
         assert run.info.status == "FAILED"
         assert run.data.tags["failure"] == "its loss is nan"
         assert run.data.tags["fidelity"] == "none"
-        assert run.data.metrics == {"macs": 1000, "params": 100, "bytes": 400, "seconds": 1.5}
+        costs = {
+            "macs": 1000,
+            "params": 100,
+            "bytes": 400,
+            "activations": 0,
+            "nonzero_params": 100,
+            "nonzero_macs": 1000,
+        }
+        assert run.data.metrics == costs | {"seconds": 1.5}
 
     def test_files_and_folders_are_artifacts(self, logged: Logged) -> None:
         assert {file.path for file in logged.client.list_artifacts(logged.run_id)} == {"report.html", "figures"}

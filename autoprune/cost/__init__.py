@@ -1,8 +1,31 @@
-"""What a policy costs: exact formulas, the count that checks them, budgets, and the policies that meet them."""
+"""What a policy costs: exact formulas and the count that checks them, measured time, budgets and what meets them."""
 
 from autoprune.cost.budget import METRICS, Budget, Limit
 from autoprune.cost.count import Cost, Count, count
 from autoprune.cost.feasible import FeasibleSet
-from autoprune.cost.formula import CostModel, Removed
+from autoprune.cost.formula import Call, CostModel, Removed
+from autoprune.cost.latency import Latency, compare, measure_latency
+from autoprune.cost.latency_table import LatencyErrors, LatencyTable, check
+from autoprune.cost.sparse import SparseSpeed, compare_sparse, sparse_execution
 
-__all__ = ["METRICS", "Budget", "Cost", "CostModel", "Count", "FeasibleSet", "Limit", "Removed", "count"]
+__all__ = [
+    "METRICS",
+    "Budget",
+    "Call",
+    "Cost",
+    "CostModel",
+    "Count",
+    "FeasibleSet",
+    "Latency",
+    "LatencyErrors",
+    "LatencyTable",
+    "Limit",
+    "Removed",
+    "SparseSpeed",
+    "check",
+    "compare",
+    "compare_sparse",
+    "count",
+    "measure_latency",
+    "sparse_execution",
+]

@@ -11,10 +11,22 @@ from autoprune.errors import BudgetError, UnknownNameError
 
 __all__ = ["METRICS", "Budget", "Limit"]
 
-METRICS = ("macs", "params", "bytes")
-"""What can be limited."""
+_COUNTS = {"G": 1e9, "M": 1e6, "K": 1e3, "": 1.0}
+_SIZES = {**_COUNTS, "GB": 1e9, "MB": 1e6, "KB": 1e3}
+_TIMES = {"s": 1e3, "ms": 1.0, "us": 1e-3}
+_UNITS = {  # of each metric, in the order in which a limit's text tries them
+    "macs": _COUNTS,
+    "params": _COUNTS,
+    "bytes": _SIZES,
+    "activations": _SIZES,
+    "nonzero_params": _COUNTS,
+    "nonzero_macs": _COUNTS,
+    "latency": _TIMES,
+}
 
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+METRICS = tuple(_UNITS)
+"""What can be limited, named as in `Cost`; activations in bytes, latency in milliseconds."""
+
 _LIMIT = re.compile(r"\s*(?P<metric>[A-Za-z_]+)\s*<=\s*(?P<number>[0-9.]+(?:e[+-]?[0-9]+)?)\s*(?P<unit>%|[A-Za-z]*)\s*")
 
 
@@ -23,8 +35,8 @@ class Limit:
     """One upper limit.
 
     Attributes:
-        metric: "macs", "params" or "bytes".
-        value: A fraction of the dense network's cost if `relative`, else the number itself.
+        metric: One of `METRICS`.
+        value: A fraction of the dense network's cost if `relative`, else the number itself; latencies in milliseconds.
         relative: Whether the value is a fraction.
     """
 
@@ -32,23 +44,40 @@ class Limit:
     value: float
     relative: bool
 
+    def used(self, cost: Cost) -> float:
+        """Return the number of a cost that is limited.
+
+        Raises:
+            BudgetError: It is the latency, and none was predicted.
+        """
+        number: float = getattr(cost, self.metric)
+        return number
+
     def absolute(self, dense: Cost) -> float:
-        """Return the limit as a number, given the dense network's cost."""
-        whole: int = getattr(dense, self.metric)
-        return self.value * whole if self.relative else self.value
+        """Return the limit as a number, given the dense network's cost.
+
+        Raises:
+            BudgetError: It is a share of nothing, or of a latency that was not predicted.
+        """
+        if not self.relative:
+            return self.value
+        whole = self.used(dense)
+        if not whole:
+            raise BudgetError(f"the dense network has 0 {self.metric}, of which {self} is no limit; give a number")
+        return self.value * whole
 
     def __str__(self) -> str:
         """Return the shortest text from which `Budget.parse` reads exactly this limit."""
-        plain = f"{self.metric}<={self.value!r}"
+        plain = f"{self.metric}<={self.value!r}{'ms' if self.metric == 'latency' and not self.relative else ''}"
         return next((text for text in self._spellings() if _parse_limit(text) == self), plain)
 
     def _spellings(self) -> Iterator[str]:
-        units = [unit for unit in ("G", "M", "K", "") if self.value >= _UNITS[unit]]
+        units = [(unit, size) for unit, size in _UNITS[self.metric].items() if self.value >= size]
         for digits in range(6, 18):
             if self.relative:
                 yield f"{self.metric}<={self.value * 100:.{digits}g}%"
             else:
-                yield from (f"{self.metric}<={self.value / _UNITS[unit]:.{digits}g}{unit}" for unit in units)
+                yield from (f"{self.metric}<={self.value / size:.{digits}g}{unit}" for unit, size in units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +93,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | None) -> Self:
-        """Read limits such as `macs<=50%`, `macs<=20M`, `params<=0.4` (a fraction), separated by commas.
+        """Read limits such as `macs<=50%`, `params<=0.4` (a fraction), `latency<=5ms`, separated by commas.
 
         Raises:
             BudgetError: The text can't be read, or a limit is not positive.
@@ -77,7 +106,7 @@ class Budget:
     def utilisation(self, cost: Cost, dense: Cost) -> float:
         """Return the largest share of a limit that a cost uses; at most 1 where the budget is met."""
         limits = self.limits or (Limit("macs", 1.0, relative=True),)
-        return max(float(getattr(cost, limit.metric) / limit.absolute(dense)) for limit in limits)
+        return max(float(limit.used(cost) / limit.absolute(dense)) for limit in limits)
 
     def __str__(self) -> str:
         return ",".join(str(limit) for limit in self.limits)
@@ -96,12 +125,16 @@ def _parse_limit(text: str) -> Limit:
         number = float(match["number"])
     except ValueError as error:
         raise BudgetError(f"can't read the number in the budget {text.strip()!r}") from error
+    units = {known.lower(): size for known, size in _UNITS[metric].items()}
+    relative = unit == "%" or (unit == "" and number <= 1)
     if unit == "%":
-        number, relative = number / 100, True
-    elif unit.upper() in _UNITS:
-        number, relative = number * _UNITS[unit.upper()], unit == "" and number <= 1
-    else:
-        raise UnknownNameError("budget unit", unit, ["%", *filter(None, _UNITS)])
+        number /= 100
+    elif unit.lower() in units:
+        number *= units[unit.lower()]
+    elif unit:
+        raise UnknownNameError(f"unit of {metric}", unit, ["%", *filter(None, _UNITS[metric])])
+    elif not relative:
+        raise BudgetError(f"a latency needs its unit, but got {text.strip()!r}; write for example latency<=5ms")
     if not 0 < number < math.inf:
         raise BudgetError(f"a budget must be a positive number, but got {text.strip()!r}")
     return Limit(metric, number, relative)

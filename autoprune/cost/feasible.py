@@ -1,8 +1,10 @@
 """`FeasibleSet`: the policies of one network that meet a budget within each group's bounds, as arithmetic on counts."""
 
+from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +14,14 @@ from autoprune.cost.count import Cost
 from autoprune.cost.formula import CostModel, Removed
 from autoprune.errors import ConfigError, InfeasibleBudgetError
 from autoprune.policy import Policy
-from autoprune.structure.groups import Structure
+from autoprune.structure.groups import Structure, nearest
 
 __all__ = ["FeasibleSet"]
 
 _STEPS = 40  # bisection steps: 2^-40 is finer than any element count
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class FeasibleSet:
     """What may be removed, and what must be.
 
@@ -80,10 +82,30 @@ class FeasibleSet:
             feasible._refuse()
         return feasible
 
-    @property
+    @cached_property
     def sizes(self) -> Removed:
         """`(groups,)` elements in every group."""
         return np.array([group.size for group in self.structure], dtype=np.int64)
+
+    @cached_property
+    def multiples(self) -> Removed:
+        """`(groups,)` what stays of a group is a multiple of this."""
+        return np.array([group.multiple for group in self.structure], dtype=np.int64)
+
+    @cached_property
+    def _least(self) -> Removed:
+        return np.array([group.least for group in self.structure], dtype=np.int64)
+
+    def settled(self, removed: npt.NDArray[np.floating[Any]]) -> Removed:
+        """Return the nearest counts that groups allow, within the bounds."""
+        counts = nearest(removed, self.sizes, self.multiples, self._least)
+        settled: Removed = np.minimum(np.maximum(counts, self.lower), self.upper)
+        return settled
+
+    def fewer(self, removed: Removed) -> Removed:
+        """Return for every group the next lower count that it allows, or 0."""
+        lower = removed - self.multiples
+        return np.where(lower < self.sizes % self.multiples, 0, lower)
 
     @property
     def smallest(self) -> Cost:
@@ -100,8 +122,7 @@ class FeasibleSet:
 
     def removed(self, policy: Mapping[str, float]) -> Removed:
         """Return a policy as counts, moved into the bounds."""
-        counts = [group.count(policy.get(group.name, 0.0)) for group in self.structure]
-        return np.clip(np.array(counts, dtype=np.int64), self.lower, self.upper)
+        return self.settled(np.array([policy.get(name, 0.0) for name in self.structure.names]) * self.sizes)
 
     def project(self, sparsities: npt.NDArray[np.float64], target: float = 1.0) -> Removed:
         """Return the counts nearest to the sparsities, on a line, that use just the target share of the budget.
@@ -117,7 +138,7 @@ class FeasibleSet:
 
         def at(move: float) -> Removed:
             end = self.upper if move > 0 else self.lower
-            return np.rint(start + abs(move) * (end - start)).astype(np.int64)
+            return self.settled(start + abs(move) * (end - start))
 
         low, high = (0.0, 1.0) if self.utilisation(at(0.0)) > target else (-1.0, 0.0)
         if self.utilisation(at(low)) <= target:
@@ -131,15 +152,20 @@ class FeasibleSet:
         """Return the counts of the lowest sparsity, the same for all groups within their bounds, that uses no more.
 
         Several groups round to another count at the same sparsity, which may save more than is asked for; those then
-        keep their element, in order, whose removal is not needed, so that uniform is compared at its full cost.
+        keep their element, in order, whose removal is not needed, so that uniform is compared at its full cost. Blocks
+        have no sparsity to share: they stay, unless the target can't be met with them.
 
         Args:
             target: Share of the budget to use at most.
         """
+        blocks = np.array([group.block is not None for group in self.structure])
+        if (blocks & (self.lower < self.upper)).any():
+            whole = replace(self, upper=np.where(blocks, self.lower, self.upper))
+            if whole.utilisation(whole.upper) <= target:
+                return whole.uniform(target)
 
         def at(sparsity: float) -> Removed:
-            counts: Removed = np.rint(sparsity * self.sizes).astype(np.int64)
-            return np.minimum(np.maximum(counts, self.lower), self.upper)
+            return self.settled(sparsity * self.sizes)
 
         low, high = 0.0, 1.0
         if self.utilisation(at(low)) <= target:
@@ -165,23 +191,29 @@ class FeasibleSet:
             undecided: `(groups,)` whether a group is still to be decided.
         """
         counts = np.where(undecided, self.upper, removed)
-        low, high = int(self.lower[index]), int(self.upper[index])
-        while low < high:
-            counts[index] = (low + high) // 2
-            if self.utilisation(counts) <= 1:
-                high = int(counts[index])
-            else:
-                low = int(counts[index]) + 1
-        return low, int(self.upper[index])
+        high, multiple = int(self.upper[index]), int(self.multiples[index])
+
+        def fits(count: int) -> bool:
+            counts[index] = count
+            return self.utilisation(counts) <= 1
+
+        lowest = int(self.lower[index])
+        if fits(lowest):
+            return lowest, high
+        first = lowest + multiple if lowest else int(self.sizes[index]) % multiple or multiple
+        allowed = range(first, high + 1, multiple)
+        place = bisect_left(allowed, True, key=fits)
+        return (allowed[place] if place < len(allowed) else high), high
 
     def _refuse(self) -> None:
         for limit in self.budget.limits:
-            dense = getattr(self.costs.dense, limit.metric)
-            reached, allowed = getattr(self.smallest, limit.metric), limit.absolute(self.costs.dense)
+            dense, allowed = limit.used(self.costs.dense), limit.absolute(self.costs.dense)
+            reached = limit.used(self.smallest)
             if reached > allowed:
+                unit = "ms latency" if limit.metric == "latency" else limit.metric
                 locked = ", ".join(group.name for group in self.structure.locked) or "none"
                 raise InfeasibleBudgetError(
-                    f"the budget {limit} allows {allowed:,.0f} {limit.metric}, but the smallest network within the "
-                    f"bounds has {reached:,} ({reached / dense:.1%} of {dense:,}); "
+                    f"the budget {limit} allows {allowed:,.10g} {unit}, but the smallest network within the "
+                    f"bounds has {reached:,.10g} ({reached / dense:.1%} of {dense:,.10g}); "
                     f"raise the budget or the bounds' highest sparsity (locked groups: {locked})"
                 )

@@ -123,7 +123,7 @@ class Candidate:
             agent=line["agent"],
             policy=Policy(line["policy"]),
             removed=dict(line["removed"]),
-            cost=Cost(line["macs"], line["params"], line["bytes"]),
+            cost=Cost.from_dict(line),
             measurements=tuple(Measurement(**m) for m in line["measurements"]),
             seconds=line["seconds"],
             failure=line["failure"],

@@ -19,8 +19,9 @@ from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
 from autoprune.finetuning import Recipe, recalibrate, train
 from autoprune.policy import Policy
+from autoprune.scoring import Orders
 from autoprune.seeds import derive
-from autoprune.structure import Structure, remove
+from autoprune.structure import Cut, Removal, Structure, Weakest, cut, plan
 from autoprune.task import Task
 from autoprune.threads import suited_threads
 
@@ -53,7 +54,7 @@ class Workbench:
     Args:
         task: What the user brought; its network is copied.
         structure: The network's groups.
-        orders: Group name → elements, least important first.
+        orders: Group name → elements, least important first (see `autoprune.scoring.removal_orders`).
         calibration_images: How many augmented training images batch-norm statistics are made from.
         seed: Of the calibration images.
 
@@ -62,9 +63,7 @@ class Workbench:
         macs: Its multiply-adds for one sample, which decide how many threads work (see `autoprune.threads`).
     """
 
-    def __init__(
-        self, task: Task, structure: Structure, orders: Mapping[str, Sequence[int]], calibration_images: int, seed: int
-    ) -> None:
+    def __init__(self, task: Task, structure: Structure, orders: Orders, calibration_images: int, seed: int) -> None:
         self.task = task
         self.structure = structure
         self.orders = orders
@@ -95,7 +94,16 @@ class Workbench:
 
     def sliced(self, removed: Mapping[str, int]) -> nn.Module:
         """Return the network without the least important elements, so many of every group."""
-        return remove(self.model, self.structure, {name: self.orders[name][:count] for name, count in removed.items()})
+        return cut(self.model, self.change(removed))
+
+    def change(self, removed: Mapping[str, int]) -> Cut:
+        """Return what goes with the least important elements, so many of every group."""
+        removals: dict[str, Removal] = {}
+        for name, number in removed.items():
+            order = self.orders[name]
+            weighs = self.structure[name].pattern is not None
+            removals[name] = Weakest(number, torch.as_tensor(order)) if weighs else order[:number]
+        return plan(self.model, self.structure, removals)
 
     def recalibrate(self, model: nn.Module) -> None:
         """Make batch-norm statistics anew, in place."""
@@ -171,12 +179,13 @@ class Evaluator:
         Raises:
             DivergedError: The loss is not finite while fine-tuning.
         """
-        model = self.bench.sliced(self.bench.structure.removed(policy))
+        removed = self.bench.structure.removed(policy)
+        model = self.bench.sliced(removed)
         self.bench.recalibrate(model)
         measurements = [self.bench.measure(model).summary("recalibrated")]
         steps = self.recovery.finetune_steps
         if steps > 0 and math.isfinite(measurements[0].loss):
-            self.train(model, steps, self.recovery.recipe, derive(self.seed, "fine-tuning", policy.id))
+            self.train(model, steps, self.recovery.recipe, derive(self.seed, "fine-tuning", policy.id), removed)
             measurements.append(self.bench.measure(model).summary("short"))
         return model, tuple(measurements)
 
@@ -186,13 +195,20 @@ class Evaluator:
         steps: int,
         recipe: Recipe,
         seed: int,
+        removed: Mapping[str, int],
         progress: Callable[[int, float], None] | None = None,
     ) -> None:
-        """Fine-tune a network in place on the task's augmented training stream (see `autoprune.finetuning.train`)."""
+        """Fine-tune a network in place on the task's augmented training stream (see `autoprune.finetuning.train`).
+
+        Weights that the counts `removed` keep at zero stay there.
+        """
         task = self.bench.task
+        patterns = [(group, group.pattern) for group in self.bench.structure if group.pattern is not None]
+        zeroed = [pattern.tensor for group, pattern in patterns if removed.get(group.name)]
+        zeroed = [name for name in zeroed if name in dict(model.named_parameters())]
         batches = self.bench.placed(task.train_batches(recipe.batch_size, seed))
         with suited_threads(self.bench.macs):
-            train(model, batches, steps, recipe=recipe, loss=task.loss, seed=seed, progress=progress)
+            train(model, batches, steps, recipe=recipe, loss=task.loss, seed=seed, zeroed=zeroed, progress=progress)
 
 
 class Arm:

@@ -1,7 +1,7 @@
 """The one training loop: short fine-tuning of candidates, full fine-tuning of the picked one, and baselines."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from autoprune.errors import DivergedError
 from autoprune.seeds import seeded_torch
+from autoprune.structure.masks import hold_zeros
 
 __all__ = ["Recipe", "one_cycle", "train"]
 
@@ -43,6 +44,7 @@ def train(
     recipe: Recipe,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     seed: int,
+    zeroed: Sequence[str] = (),
     progress: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train a network in place for a number of steps, and leave it in eval mode.
@@ -54,10 +56,12 @@ def train(
         recipe: The settings.
         loss: Per-sample loss, `(outputs, targets) -> (n,)`.
         seed: Of dropout and its like; the order of the data is the batches' own.
+        zeroed: Names of the parameters whose zeros stay zero (see `autoprune.structure.masks.hold_zeros`).
         progress: Called after every step with the steps done and the step's loss.
 
     Raises:
         DivergedError: The loss of a step is not finite.
+        ConfigError: The network has no parameter of a name in `zeroed`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if steps > 0 and parameters:
@@ -65,7 +69,7 @@ def train(
             parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0
         )
         model.train()
-        with seeded_torch(seed), torch.enable_grad():
+        with seeded_torch(seed), torch.enable_grad(), hold_zeros(model, zeroed):
             for step in range(steps):
                 for settings in optimizer.param_groups:
                     settings["lr"] = recipe.lr * one_cycle((step + 1) / steps, recipe.warmup)

@@ -75,6 +75,11 @@ def findings(run: Run) -> list[tuple[str, str]]:
     found.append(("Against random", _against_random(picked, result.get("random"))))
     if result.get("predicted"):
         found.append(("Together and one by one", _prediction(picked, result["predicted"])))
+    if result.get("latency"):
+        found.append(("Time", _time(result["latency"])))
+    line = run.line(picked["id"]) or {}
+    if line.get("nonzero_params", line.get("params")) != line.get("params"):
+        found.append(("Zeros in place", _zeros(line)))
     found.append(("Not seen by the search", _unseen(run)))
     if result.get("stopped"):
         found.append(("Stopped early", f"The search ended before its last candidate: {result['stopped']}."))
@@ -82,6 +87,30 @@ def findings(run: Run) -> list[tuple[str, str]]:
         count = len(run.failures)
         found.append(("Failed", f"{count} of {len(run.ledger)} candidates failed; the reasons are listed below."))
     return found
+
+
+def _time(latency: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what the two networks took for one sample, and whether that is a difference."""
+    dense, picked = latency["dense"], latency["picked"]
+    times = " against ".join(f"{one['median_ms']:.3g} ms (spread {one['spread_ms']:.2g})" for one in (picked, dense))
+    noise = (dense["spread_ms"] + picked["spread_ms"]) / 2
+    if abs(dense["median_ms"] - picked["median_ms"]) <= noise:
+        verdict = "no faster and no slower than the dense network, within the spread"
+    else:
+        verdict = f"{dense['median_ms'] / picked['median_ms']:.2f} times as fast as the dense network"
+    return (
+        f"One sample takes {times}: {verdict}. Median of {picked['repeats']} measured in turn on {picked['device']}, "
+        f"{picked['threads']} thread{'s' if picked['threads'] > 1 else ''}."
+    )
+
+
+def _zeros(line: Mapping[str, Any]) -> str:
+    """Return what masks did, which no clock sees."""
+    return (
+        f"{percent(1 - line['nonzero_params'] / line['params'])} of the parameters that are left are zero, and take "
+        f"part in {percent(1 - line['nonzero_macs'] / line['macs'])} of the MACs. That is theoretical: no speed-up in "
+        "dense execution."
+    )
 
 
 def _against_uniform(picked: Mapping[str, Any], uniform: Mapping[str, Any] | None) -> str:

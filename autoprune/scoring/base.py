@@ -9,10 +9,13 @@ from torch import nn
 
 from autoprune.structure import Group, Slice, Structure
 
-__all__ = ["Criterion", "Evidence", "Scores", "per_element", "removal_orders", "sum_of_weights"]
+__all__ = ["Criterion", "Evidence", "Orders", "Scores", "per_element", "removal_orders", "sum_of_weights"]
 
 Scores = Mapping[str, torch.Tensor]
-"""Group name → `(size,)` float; higher means keep."""
+"""Group name → `(size,)` float, or of weights that are zeroed one float a weight, in their shape; higher means keep."""
+
+Orders = Mapping[str, Sequence[int] | torch.Tensor]
+"""Group name → elements, least important first; of weights that are zeroed their scores, which say as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ def sum_of_weights(model: nn.Module, group: Group, transform: Callable[[torch.Te
     """Sum transformed weights over all that a coupled group holds of each element.
 
     These are its filters in every layer that writes it and the columns of every layer that reads it, without biases
-    and norms.
+    and norms. A single weight is all there is of it; and all parameters of a block are.
 
     Args:
         model: The dense network.
@@ -65,13 +68,25 @@ def sum_of_weights(model: nn.Module, group: Group, transform: Callable[[torch.Te
         transform: Elementwise, for example `torch.abs`.
 
     Returns:
-        `(size,)`.
+        `(size,)`; for weights that are zeroed the shape of the weight.
     """
     parameters = dict(model.named_parameters())
+    if group.pattern is not None:
+        return transform(parameters[group.pattern.tensor].detach())
+    if group.block is not None:
+        inside = model.get_submodule(group.block).parameters()
+        sums = [transform(parameter.detach()).sum().float() for parameter in inside if parameter.dim() > 1]
+        return torch.stack([torch.zeros(()), *(one.cpu() for one in sums)]).sum().reshape(1)
     touched = [(parameters[part.tensor].detach(), part) for part in group.slices if part.tensor in parameters]
     return torch.stack([per_element(transform(weight), part) for weight, part in touched if weight.dim() > 1]).sum(0)
 
 
-def removal_orders(scores: Scores) -> dict[str, list[int]]:
-    """Return every group's elements, least important first; ties go by number, so the order is the same everywhere."""
-    return {name: torch.argsort(score, stable=True).tolist() for name, score in scores.items()}
+def removal_orders(scores: Scores) -> dict[str, list[int] | torch.Tensor]:
+    """Return every group's elements, least important first; ties go by number, so the order is the same everywhere.
+
+    Weights that are zeroed keep their scores, since how many go of which run or tile depends on what else goes.
+    """
+    return {
+        name: torch.argsort(score, stable=True).tolist() if score.dim() == 1 else score
+        for name, score in scores.items()
+    }

@@ -18,9 +18,11 @@ class Random:
 
     def score(self, model: nn.Module, structure: Structure, evidence: Evidence) -> Scores:
         """Return uniform numbers; only `evidence.seed` is used."""
+        parameters = dict(model.named_parameters())
         return {
             group.name: torch.rand(
-                group.size, generator=torch.Generator().manual_seed(derive(evidence.seed, "random score", group.name))
+                (group.size,) if group.pattern is None else parameters[group.pattern.tensor].shape,
+                generator=torch.Generator().manual_seed(derive(evidence.seed, "random score", group.name)),
             )
             for group in structure
         }

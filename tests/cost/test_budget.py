@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 from autoprune.cost import Budget, Cost, Limit
 from autoprune.errors import BudgetError, UnknownNameError
 
-DENSE = Cost(macs=40_000_000, params=270_000, bytes=1_100_000)
+DENSE = Cost(
+    macs=40_000_000, params=270_000, bytes=1_100_000, activations=2_000_000, nonzero_params=200_000, latency_ms=8.0
+)
 
 
 class TestParse:
@@ -26,6 +28,19 @@ class TestParse:
             ("bytes<=0.5MB", "bytes", 500_000),
             ("bytes<=500kb", "bytes", 500_000),
             ("bytes<=1GB", "bytes", 10**9),
+            ("activations<=50%", "activations", 1_000_000),
+            ("activations<=1.5MB", "activations", 1_500_000),
+            ("activations<=640KB", "activations", 640_000),
+            ("nonzero_params<=50%", "nonzero_params", 100_000),
+            ("nonzero_params<=50K", "nonzero_params", 50_000),
+            ("nonzero_macs<=0.25", "nonzero_macs", 10_000_000),
+            ("nonzero_macs<=10M", "nonzero_macs", 10_000_000),
+            ("latency<=5ms", "latency", 5),
+            ("latency<=5 MS", "latency", 5),
+            ("latency<=0.005s", "latency", 5),
+            ("latency<=2500us", "latency", 2.5),
+            ("latency<=60%", "latency", 4.8),
+            ("latency<=0.6", "latency", 4.8),
         ],
     )
     def test_one_limit(self, text, metric, allowed):
@@ -62,12 +77,27 @@ class TestParse:
             Budget.parse(text)
 
     def test_an_unknown_metric_gets_the_nearest(self):
-        with pytest.raises(UnknownNameError, match=r"no budget metric 'mac'. Did you mean 'macs'\? Known: bytes, macs"):
+        with pytest.raises(
+            UnknownNameError, match=r"no budget metric 'mac'. Did you mean 'macs'\? Known: activations, "
+        ):
             Budget.parse("mac<=50%")
 
-    def test_an_unknown_unit_gets_the_list(self):
-        with pytest.raises(UnknownNameError, match=r"no budget unit 'X'\. Known: %, G, GB, K, KB, M, MB"):
-            Budget.parse("macs<=5X")
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("macs<=5X", r"no unit of macs 'X'\. Known: %, G, K, M"),
+            ("macs<=5MB", r"no unit of macs 'MB'\. Did you mean 'M'\? Known: %, G, K, M"),
+            ("bytes<=5ms", r"no unit of bytes 'ms'\. .*Known: %, G, GB, K, KB, M, MB"),
+            ("latency<=5M", r"no unit of latency 'M'\. .*Known: %, ms, s, us"),
+        ],
+    )
+    def test_an_unknown_unit_gets_the_metrics_list(self, text, message):
+        with pytest.raises(UnknownNameError, match=message):
+            Budget.parse(text)
+
+    def test_a_latency_has_its_unit(self):
+        with pytest.raises(BudgetError, match=r"a latency needs its unit, but got 'latency<=5'; .* latency<=5ms"):
+            Budget.parse("latency<=5")
 
 
 class TestText:
@@ -81,6 +111,13 @@ class TestText:
             ("params<=999", "params<=999"),
             ("bytes<=1.5GB", "bytes<=1.5G"),
             ("macs<=33.3333333%", "macs<=33.3333333%"),
+            ("latency<=5ms", "latency<=5ms"),
+            ("latency<=0.0005s", "latency<=500us"),
+            ("latency<=1500ms", "latency<=1.5s"),
+            ("latency<=0.001us", "latency<=1e-06ms"),
+            ("latency<=60%", "latency<=60%"),
+            ("activations<=1.5MB", "activations<=1.5M"),
+            ("nonzero_macs<=2e9", "nonzero_macs<=2G"),
         ],
     )
     def test_it_is_the_shortest(self, text, shortest):
@@ -90,6 +127,11 @@ class TestText:
     def test_absolute_limits_are_read_back_exactly(self, metric, number):
         budget = Budget.parse(f"{metric}<={number}")
         assert budget.limits[0].value == number
+        assert Budget.parse(str(budget)) == budget
+
+    @given(st.floats(1e-9, 1e9))
+    def test_latencies_are_read_back_exactly(self, milliseconds):
+        budget = Budget((Limit("latency", milliseconds, relative=False),))
         assert Budget.parse(str(budget)) == budget
 
     @given(st.floats(1e-6, 1))
@@ -113,3 +155,39 @@ class TestUtilisation:
         budget = Budget.parse("macs<=12345678")
         assert budget.utilisation(Cost(12_345_678, 0, 0), DENSE) == 1.0
         assert budget.utilisation(Cost(12_345_679, 0, 0), DENSE) > 1
+
+    def test_activations_zeros_and_time_are_limited_like_the_rest(self):
+        cost = Cost(10_000_000, 27_000, 0, 1_500_000, 50_000, 4_000_000, 6.0)
+        used = {
+            text: Budget.parse(text).utilisation(cost, DENSE)
+            for text in ("activations<=50%", "nonzero_params<=50%", "nonzero_macs<=50%", "latency<=50%", "latency<=3ms")
+        }
+        assert list(used.values()) == [1.5, 0.5, 0.2, 1.5, 2.0]
+
+    @pytest.mark.parametrize("text", ["latency<=5ms", "latency<=60%", "macs<=50%,latency<=5ms"])
+    def test_a_latency_that_nobody_predicted(self, text):
+        with pytest.raises(
+            BudgetError, match=r"needs a latency table: measure one with `LatencyTable.measure` and set"
+        ):
+            Budget.parse(text).utilisation(Cost(1, 2, 3), Cost(1, 2, 3))
+
+    def test_a_share_of_nothing(self):
+        with pytest.raises(
+            BudgetError, match="the dense network has 0 macs, of which macs<=50% is no limit; give a numb"
+        ):
+            Budget.parse("macs<=50%").utilisation(Cost(0, 2, 3), Cost(0, 2, 3))
+
+
+class TestCost:
+    def test_without_masks_nothing_is_zero(self):
+        assert Cost(10, 20, 30) == Cost(10, 20, 30, 0, nonzero_params=20, nonzero_macs=10)
+        assert (Cost(10, 20, 30, nonzero_params=0).nonzero_params, Cost(10, 20, 30).latency_ms) == (0, None)
+
+    @pytest.mark.parametrize("cost", [Cost(1, 2, 3), Cost(1, 2, 3, 4, 5, 6, 7.5), DENSE], ids=str)
+    def test_it_is_read_back_from_its_names(self, cost):
+        values = cost.to_dict()
+        assert ("latency_ms" in values) == (cost.latency_ms is not None)
+        assert Cost.from_dict({**values, "seconds": 1.0}) == cost
+
+    def test_of_an_older_line_the_rest_is_as_if_nothing_were_masked(self):
+        assert Cost.from_dict({"macs": 1, "params": 2, "bytes": 3}) == Cost(1, 2, 3)

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from autoprune.cost import Cost, count
-from autoprune.testing import TinyNet
+from autoprune.cost.count import unknown_operators
+from autoprune.testing import TinyNet, TinyResNet
 
 
 class Net(nn.Module):
@@ -18,8 +19,8 @@ class Net(nn.Module):
         for name, member in members.items():
             setattr(self, name, member)
 
-    def forward(self, x):
-        return self.run(self, x)
+    def forward(self, *args, **kwargs):
+        return self.run(self, *args, **kwargs)
 
 
 def macs(module, *shape):
@@ -84,6 +85,16 @@ class TestMacs:
         net = Net(lambda net, x: x @ net.v, v=nn.Parameter(torch.zeros(6)))
         assert count(net, torch.zeros(1, 5, 6)).macs_of == {"v": 30}
 
+    def test_a_vector_times_a_vector(self):
+        net = Net(lambda net, x: x[0] @ net.v, v=nn.Parameter(torch.zeros(6)))
+        assert count(net, torch.zeros(1, 6)).macs_of == {"v": 6}
+
+    def test_several_inputs(self):
+        net = Net(lambda net, x, y: net.a(x) + net.b(y), a=nn.Linear(3, 4), b=nn.Linear(5, 4))
+        expected = {"a.weight": 12, "b.weight": 20}
+        assert count(net, (torch.zeros(7, 3), torch.zeros(7, 5))).macs_of == expected
+        assert count(net, {"y": torch.zeros(7, 5), "x": torch.zeros(7, 3)}).macs_of == expected
+
     @pytest.mark.parametrize("names", [("w", "b"), ("weight", "bias"), ("kernel", "in_proj_bias")])
     def test_the_weight_is_told_from_the_bias(self, names):
         weight, bias = names
@@ -143,6 +154,10 @@ class TestUnknown:
         counted = count(Net(lambda net, x: x.clone().relu_().add_(1).clamp_(0).mul_(2).sigmoid_()), torch.zeros(1, 6))
         assert counted.unknown == {}
 
+    def test_a_list_of_operators_is_judged_alike(self):
+        names = ["aten::relu_", "aten::cumprod", "aten::mm", "aten::cumprod", "own::operator"]
+        assert unknown_operators(names) == {"aten::cumprod": 2, "own::operator": 1}
+
     def test_known_networks_have_none(self):
         from torchvision import models
 
@@ -155,21 +170,89 @@ class TestMemory:
     def test_parameters_and_bytes(self):
         net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
         params, buffers = 30 + 5 + 5 + 5, 5 + 5
-        assert count(net, torch.zeros(1, 6)).cost == Cost(30, params, 4 * (params + buffers) + 8)
+        assert count(net, torch.zeros(1, 6)).cost == Cost(30, params, 4 * (params + buffers) + 8, 4 * (6 + 5 + 5))
 
     def test_half_precision_is_half(self):
-        assert count(nn.Linear(6, 5).half(), torch.zeros(1, 6).half()).cost == Cost(30, 35, 70)
+        assert count(nn.Linear(6, 5).half(), torch.zeros(1, 6).half()).cost == Cost(30, 35, 70, 2 * (6 + 5))
 
     def test_what_is_shared_counts_once(self):
         shared = nn.Linear(6, 6)
         net = Net(lambda net, x: net.b(net.a(x)), a=shared, b=nn.Linear(6, 6))
         net.b.weight = shared.weight
         counted = count(net, torch.zeros(1, 6))
-        assert counted.cost == Cost(72, 36 + 12, 4 * 48)
+        assert counted.cost == Cost(72, 36 + 12, 4 * 48, 4 * (6 + 6 + 6))
         assert counted.macs_of == {"a.weight": 72}
 
-    def test_the_three_by_name(self):
-        assert Cost(1, 2, 3).to_dict() == {"macs": 1, "params": 2, "bytes": 3}
+    def test_the_numbers_by_name(self):
+        exact = {"macs": 1, "params": 2, "bytes": 3, "activations": 4, "nonzero_params": 2, "nonzero_macs": 1}
+        assert Cost(1, 2, 3, 4).to_dict() == exact
+        assert Cost(1, 2, 3, 4, latency_ms=0.5).to_dict() == {**exact, "latency_ms": 0.5}
+
+
+class TestActivations:
+    """The most that is held at once; each number is one float of four bytes. The input is held all the time."""
+
+    @pytest.mark.parametrize(
+        ("run", "held"),
+        [
+            (lambda net, x: x, 10),
+            (lambda net, x: x.relu(), 10 + 10),
+            (lambda net, x: x.relu().relu().relu(), 10 + 2 * 10),
+            (lambda net, x: x.relu().relu_().relu_(), 10 + 10),
+            (lambda net, x: x.relu().view(5, 2).t()[1:], 10 + 10),
+            (lambda net, x: x.relu()[:, :5].clone().clone(), 10 + 10 + 5),
+            (lambda net, x: torch.cat([x.relu(), x.sigmoid()]), 10 + 2 * 10 + 20),
+            (lambda net, x: x.sum(), 10 + 1),
+            (lambda net, x: net.w + 1, 10 + 3),
+            (lambda net, x: net.w.relu_().view(3, 1), 10),
+            (lambda net, x: x.expand(100, 10), 10),
+        ],
+        ids=["nothing", "one", "two at a time", "in place", "views", "a view holds all", "cat", "sum", *"abc"],
+    )
+    def test_by_hand(self, run, held):
+        assert count(Net(run, w=nn.Parameter(torch.zeros(3))), torch.zeros(1, 10)).cost.activations == 4 * held
+
+    def test_what_is_needed_later_is_held_on_to(self):
+        def run(net, x):
+            early = x.relu()
+            late = early.sigmoid().relu()
+            return early + late
+
+        assert count(Net(run), torch.zeros(1, 10)).cost.activations == 4 * (10 + 3 * 10)
+
+    def test_bytes_are_those_of_the_precision(self):
+        net = Net(lambda net, x: (x > 0).sum(1))
+        assert count(net, torch.zeros(1, 10)).cost.activations == 4 * 10 + 10 + 8
+
+    def test_it_is_of_one_sample_and_the_same_every_time(self):
+        """The stream, what goes into the block's last convolution, what comes out, and that after its norm."""
+        found = {count(TinyResNet(), torch.zeros(batch, 1, 8, 8)).cost.activations for batch in (1, 1, 5)}
+        assert found == {4 * 64 * (1 + 4 * 8)}
+
+
+class TestZeroed:
+    """Weights that masks keep at zero."""
+
+    def masked(self):
+        net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 2))
+        with torch.no_grad():
+            net[0].weight.view(-1)[:9] = 0
+            net[3].weight[:, :32] = 0
+            net[3].bias[:] = 0
+        return net
+
+    def test_those_that_are_named_do_not_count(self):
+        counted = count(self.masked(), torch.zeros(1, 1, 4, 4), zeroed=["0.weight", "3.weight"])
+        assert counted.cost.macs == 16 * 4 * 9 + 64 * 2
+        assert counted.cost.nonzero_macs == 16 * 3 * 9 + 32 * 2
+        assert counted.cost.params == (36 + 4) + (128 + 2)
+        assert counted.cost.nonzero_params == (27 + 4) + (64 + 2)
+
+    def test_zeros_of_others_are_numbers_like_any(self):
+        cost = count(self.masked(), torch.zeros(1, 1, 4, 4), zeroed=["0.weight"]).cost
+        assert cost.nonzero_params == cost.params - 9
+        cost = count(self.masked(), torch.zeros(1, 1, 4, 4)).cost
+        assert (cost.nonzero_params, cost.nonzero_macs) == (cost.params, cost.macs)
 
 
 class TestInputUntouched:

@@ -1,38 +1,68 @@
 import itertools
+from statistics import mean
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from autoprune.cost import Budget, CostModel, FeasibleSet
 from autoprune.errors import ConfigError, InfeasibleBudgetError
 from autoprune.policy import Policy
-from autoprune.structure import LockedGroup, Structure
-from autoprune.structure.channels import find_channels
+from autoprune.structure import analyse
 from autoprune.testing import TinyNet, TinyResNet
 
-BUDGETS = ["macs<=50%", "params<=30%", "macs<=0.6,params<=0.35", "bytes<=70%"]
+BUDGETS = ["macs<=50%", "params<=30%", "macs<=0.6,params<=0.35", "bytes<=70%", "activations<=80%"]
 
 
-def made(net, budget, **options):
+class Residual(nn.Module):
+    """Two blocks of 8 channels and a hidden layer of 8 each, which a norm follows; the stream stays."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.norm, self.down = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 1, 1)
+
+        def forward(self, x):
+            return x + self.down(self.norm(self.up(x)).relu())
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.fc = self.Block(), self.Block(), nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.fc(self.second(self.first(x)).flatten(1))
+
+
+def made(net, budget, *, kinds=("channels",), multiple=1, **options):
     example = torch.zeros(1, 1, 8, 8)
-    *groups, output = find_channels(net, example)[0]
-    locked = LockedGroup(output.name, "channels", output.size, output.layers, "its elements are the network's output")
-    structure = Structure(tuple(groups), (locked,))
+    structure = analyse(net, example, kinds=kinds, multiple=multiple)
     return FeasibleSet.build(structure, CostModel(net, example, structure), Budget.parse(budget), **options)
 
 
-@pytest.fixture(scope="module", params=[(net, budget) for net in (TinyNet, TinyResNet) for budget in BUDGETS], ids=str)
+CASES = [(net, budget, 1) for net in (TinyNet, TinyResNet) for budget in BUDGETS]
+CASES += [(TinyNet, "macs<=50%", 3), (TinyResNet, "params<=40%", 2)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def feasible(request):
-    net, budget = request.param
-    return made(net(), budget)
+    net, budget, multiple = request.param
+    return made(net(), budget, multiple=multiple)
+
+
+def choices(feasible):
+    """Return the counts that every group allows within the bounds, by trying each."""
+    bounds = zip(feasible.structure, feasible.lower.tolist(), feasible.upper.tolist(), strict=True)
+    return [
+        [gone for gone in range(low, high + 1) if group.nearest(gone) == gone or gone in (low, high)]
+        for group, low, high in bounds
+    ]
 
 
 def every(feasible):
-    ranges = [range(low, high + 1) for low, high in zip(feasible.lower, feasible.upper, strict=True)]
-    return [np.array(counts) for counts in itertools.product(*ranges)]
+    return [np.array(counts) for counts in itertools.product(*choices(feasible))]
 
 
 class TestBuild:
@@ -43,6 +73,20 @@ class TestBuild:
 
     def test_a_group_always_keeps_one(self):
         assert made(TinyNet(), "macs<=50%", max_sparsity=0.999).upper.tolist() == [7, 7]
+
+    def test_counts_are_multiples(self):
+        feasible = made(TinyNet(), "macs<=50%", multiple=3, bounds={"conv2": (0.1, 0.6)})
+        assert (feasible.lower.tolist(), feasible.upper.tolist()) == ([0, 0], [5, 5])
+        assert feasible.multiples.tolist() == [3, 3]
+        assert feasible.removed({"conv1": 0.5, "conv2": 0.2}).tolist() == [5, 2]
+
+    def test_a_block_may_vanish(self):
+        feasible = made(Residual(), "macs<=50%", kinds=("channels", "blocks"))
+        bounds = dict(zip(feasible.structure.names, feasible.upper.tolist(), strict=True))
+        assert bounds == {"first.up": 7, "second.up": 7, "first": 1, "second": 1}
+        without = feasible.removed({"first": 1.0, "second": 1.0})
+        assert feasible.costs.cost(without).macs == 64 * 4
+        assert feasible.policy(without)["first"] == 1.0
 
     def test_the_smallest(self):
         feasible = made(TinyNet(), "macs<=50%", max_sparsity=0.75)
@@ -85,7 +129,7 @@ class TestRefused:
             made(TinyNet(), "macs<=90%,macs<=1%")
         dense, reached = 64 * 9 * 72 + 80, 64 * 9 * 2 + 10
         assert str(caught.value) == (
-            f"the budget macs<=1% allows {dense / 100:,.0f} macs, but the smallest network within the bounds has "
+            f"the budget macs<=1% allows {dense / 100:,} macs, but the smallest network within the bounds has "
             f"{reached:,} ({reached / dense:.1%} of {dense:,}); "
             "raise the budget or the bounds' highest sparsity (locked groups: fc)"
         )
@@ -108,12 +152,13 @@ def path(feasible, sparsities):
     counts = []
     for first, last in ((feasible.lower, start), (start, feasible.upper)):
         jumps = {0.0, 1.0}
-        for a, b in zip(first.tolist(), last.tolist(), strict=True):
+        for group, a, b in zip(feasible.structure, first.tolist(), last.tolist(), strict=True):
+            allowed = [gone for gone in range(group.size) if group.nearest(gone) == gone]
             if b > a:
-                jumps |= {(k + 0.5 - a) / (b - a) for k in range(int(a) - 1, int(b) + 1) if a < k + 0.5 < b}
+                jumps |= {(half - a) / (b - a) for half in map(mean, itertools.pairwise(allowed)) if a < half < b}
         ordered = sorted(jumps)
         middles = [(x + y) / 2 for x, y in itertools.pairwise(ordered) if y - x > 1e-9]  # less is rounding
-        counts += [np.rint(first + x * (last - first)).astype(np.int64) for x in middles]
+        counts += [feasible.settled(first + x * (last - first)) for x in middles]
     return counts
 
 
@@ -136,8 +181,12 @@ class TestProject:
     def test_it_stays_on_the_line(self, feasible, sparsities):
         result = feasible.project(sparsities)
         start = np.clip(sparsities * feasible.sizes, feasible.lower, feasible.upper)
-        end = feasible.upper if (result > start).any() and not (result < start - 0.5).any() else feasible.lower
-        moves = [(abs(r - s) - 0.5, abs(r - s) + 0.5, abs(e - s)) for r, s, e in zip(result, start, end, strict=True)]
+        down = (result < start - feasible.multiples / 2).any()
+        end = feasible.upper if (result > start).any() and not down else feasible.lower
+        half = feasible.multiples / 2
+        moves = [
+            (abs(r - s) - h, abs(r - s) + h, abs(e - s)) for r, s, e, h in zip(result, start, end, half, strict=True)
+        ]
         lowest = max((low / way for low, _, way in moves if way > 0), default=0.0)
         highest = min((high / way for _, high, way in moves if way > 0), default=1.0)
         assert lowest <= highest + 1e-9
@@ -166,7 +215,7 @@ class TestInterval:
     @settings(max_examples=60, deadline=None)
     @given(data=st.data())
     def test_the_fewest_is_what_trying_all_finds(self, feasible, data):
-        removed = np.array([data.draw(st.integers(int(low), int(high))) for low, high in bounds_of(feasible)])
+        removed = np.array([data.draw(st.sampled_from(counts)) for counts in choices(feasible)])
         undecided = np.array([data.draw(st.booleans()) for _ in removed])
         index = data.draw(st.integers(0, 1))
         low, high = feasible.interval(removed, index, undecided)
@@ -191,5 +240,45 @@ class TestInterval:
         assert (removed.tolist(), undecided.tolist()) == ([3, 0], [False, True])
 
 
-def bounds_of(feasible):
-    return zip(feasible.lower, feasible.upper, strict=True)
+class TestFewer:
+    def test_the_next_lower_count_of_every_group(self, feasible):
+        for index, counts in enumerate(choices(feasible)):
+            for lower, count in itertools.pairwise(counts):
+                removed = feasible.upper.copy()
+                removed[index] = count
+                assert feasible.fewer(removed)[index] == lower
+
+    def test_at_the_start_there_are_none(self, feasible):
+        assert feasible.fewer(np.zeros(2, dtype=np.int64)).tolist() == [0, 0]
+
+
+class TestUniform:
+    @settings(max_examples=30, deadline=None)
+    @given(target=st.floats(0.3, 1.5))
+    def test_it_is_the_first_common_sparsity_that_is_enough(self, feasible, target):
+        """Of the groups that move at that sparsity, those that need not move stay."""
+        jumps = {0.0, 1.0}
+        for group in feasible.structure:
+            allowed = [gone for gone in range(group.size) if group.nearest(gone) == gone]
+            jumps |= {half / group.size for half in map(mean, itertools.pairwise(allowed))}
+        between = [(low + high) / 2 for low, high in itertools.pairwise(sorted(jumps))]
+        steps = [feasible.settled(sparsity * feasible.sizes) for sparsity in between]
+        enough = next((n for n, counts in enumerate(steps) if feasible.utilisation(counts) <= target), len(steps) - 1)
+        result = feasible.uniform(target)
+        looser, tighter = steps[max(enough - 1, 0)], steps[enough]
+        assert (looser <= result).all()
+        assert (result <= tighter).all()
+        if feasible.utilisation(tighter) <= target:
+            assert feasible.utilisation(result) <= target
+            for index in np.flatnonzero(result > looser):
+                trial = result.copy()
+                trial[index] = looser[index]
+                assert feasible.utilisation(trial) > target
+
+    def test_blocks_stay_where_they_can(self):
+        feasible = made(Residual(), "macs<=60%", kinds=("channels", "blocks"))
+        assert feasible.uniform().tolist()[2:] == [0, 0]
+        assert feasible.utilisation(feasible.uniform()) <= 1
+        few = made(Residual(), "macs<=10%", kinds=("channels", "blocks"), max_sparsity=0.6)
+        assert few.uniform().tolist()[2:] != [0, 0]
+        assert few.utilisation(few.uniform()) <= 1

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from autoprune import registry
 from autoprune.scoring import Evidence, removal_orders
@@ -8,6 +9,26 @@ from autoprune.structure import Slice, Structure, analyse
 from autoprune.testing import TinyNet, TinyResNet
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
+
+
+class Blocks(nn.Module):
+    """Two blocks that the identity can take the place of: `(batch, 1, 8, 8)` to `(batch, 10)`."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.norm, self.down = nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x):
+            return x + self.down(self.norm(self.up(x)).relu())
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), self.Block(), self.Block()
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.fc(self.second(self.first(self.stem(x))).mean((2, 3)))
 
 
 def evidence(seed=0):
@@ -57,6 +78,19 @@ class TestSumOfWeights:
         assert sum_of_weights(net, structure["stem"], torch.abs).tolist() == [stem + conv + conv + fc] * 8
         assert sum_of_weights(net, structure["conv1"], torch.abs).tolist() == [conv + conv] * 8
 
+    def test_of_a_single_weight_it_is_the_weight(self):
+        net = TinyNet()
+        structure = analyse(net, EXAMPLE, kinds=("weights",))
+        assert torch.equal(sum_of_weights(net, structure["conv2:weights"], torch.abs), net.conv2.weight.abs())
+
+    def test_a_block_is_all_the_weights_in_it(self):
+        net = Blocks()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.fill_(-1)
+        structure = analyse(net, EXAMPLE, kinds=("blocks",))
+        assert sum_of_weights(net, structure["first"], torch.abs).tolist() == [4 * 6 * 9 + 6 * 4]
+
 
 class TestRemovalOrders:
     def test_the_least_goes_first(self):
@@ -65,6 +99,10 @@ class TestRemovalOrders:
     def test_ties_go_by_number(self):
         scores = torch.tensor([1.0, 0.0] * 40)
         assert removal_orders({"a": scores})["a"] == [*range(1, 80, 2), *range(0, 80, 2)]
+
+    def test_weights_keep_their_scores(self):
+        scores = torch.rand(3, 4)
+        assert removal_orders({"a:weights": scores})["a:weights"] is scores
 
 
 class TestEveryCriterion:
@@ -81,6 +119,22 @@ class TestEveryCriterion:
         for name, score in scores.items():
             assert score.shape == (structure[name].size,)
             assert torch.isfinite(score).all()
+            assert not score.requires_grad
+
+    @pytest.mark.parametrize("kinds", [("channels", "blocks"), ("weights",), ("blocks", "2:4"), ("channels", "2x2")])
+    def test_it_scores_every_kind(self, criterion, kinds):
+        """Blocks as a whole, weights one by one, whatever pattern they go in."""
+        net = Blocks()
+        structure = analyse(net, EXAMPLE, kinds=kinds)
+        assert {group.kind for group in structure} == set(kinds)
+        scores = criterion.score(net, structure, evidence())
+        assert list(scores) == list(structure.names)
+        for name, score in scores.items():
+            pattern = structure[name].pattern
+            weight = None if pattern is None else net.get_parameter(pattern.tensor)
+            assert score.shape == ((structure[name].size,) if weight is None else weight.shape)
+            assert torch.isfinite(score).all()
+            assert (score >= 0).all()
             assert not score.requires_grad
 
     def test_a_residual_group_is_not_worth_nothing(self, criterion):

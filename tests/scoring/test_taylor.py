@@ -95,6 +95,70 @@ class TestFirstOrder:
             assert float(scores["stem"][index]) == pytest.approx(expected, rel=1e-4, abs=1e-8)
 
 
+class TestOtherKinds:
+    """A weight that goes shrinks to nothing; a block that goes takes what it adds with it."""
+
+    class Deep(nn.Module):
+        class Block(nn.Module):
+            def __init__(self, scale):
+                super().__init__()
+                self.fc, self.scale = nn.Linear(3, 3), nn.Parameter(torch.full((3,), scale))
+
+            def forward(self, x):
+                return x + self.scale * torch.tanh(self.fc(x))
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.fc = self.Block(0.5), self.Block(2.0), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.fc(self.second(self.first(x.relu())))
+
+    @staticmethod
+    def slope_of(net, name, inputs, targets):
+        """Return how the loss starts to change as a whole tensor shrinks, for shrinking it all the way."""
+
+        def loss_with(factor):
+            changed = {name: net.get_parameter(name).detach() * factor}
+            with torch.no_grad():
+                return squares(torch.func.functional_call(net, changed, (inputs,)), targets).mean()
+
+        return float((loss_with(1 - 1e-6) - loss_with(1 + 1e-6)) / 2e-6)
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_a_block_is_the_slope_of_what_it_adds(self, frozen):
+        net, (inputs, targets) = self.Deep().double(), batch(5, 0)
+        structure = analyse(net, inputs, kinds=("blocks",))
+        assert structure.names == ("first", "second")
+        net.requires_grad_(not frozen)
+        scores = Taylor().score(net, structure, Evidence([(inputs, targets)], squares, 0))
+        for name in structure.names:
+            expected = abs(self.slope_of(net, f"{name}.scale", inputs, targets))
+            assert scores[name].tolist() == pytest.approx([expected], rel=1e-5), name
+
+    def test_a_weight_is_its_own_slope(self):
+        net, (inputs, targets) = linear_net(), batch(5, 0)
+        scores = Taylor().score(
+            net, analyse(net, inputs, kinds=("weights",)), Evidence([(inputs, targets)], squares, 0)
+        )
+        net.zero_grad()
+        squares(net(inputs), targets).mean().backward()
+        for name in ("0", "2"):
+            weight = net.get_parameter(f"{name}.weight")
+            torch.testing.assert_close(scores[f"{name}:weights"].double(), (weight * weight.grad).abs().detach())
+
+    def test_kinds_beside_each_other_do_not_change_each_other(self):
+        net, (inputs, targets) = self.Deep().double(), batch(5, 0)
+        evidence = Evidence([(inputs, targets)], squares, 0)
+        alone = {}
+        for kind in ("blocks", "weights", "channels"):
+            alone |= Taylor().score(net, analyse(net, inputs, kinds=(kind,)), evidence)
+        both = Taylor().score(net, analyse(net, inputs, kinds=("channels", "blocks", "weights")), evidence)
+        assert set(both) == set(alone)
+        for name, score in both.items():
+            torch.testing.assert_close(score, alone[name], msg=name)
+
+
 class TestSettings:
     def test_frozen_networks_have_scores_too(self):
         net, (inputs, targets) = linear_net(), batch(5, 0)

@@ -1,15 +1,12 @@
-import copy
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
 
-from autoprune.errors import StructureError
 from autoprune.models import CifarResNet, build
-from autoprune.structure import analyse
-from autoprune.structure.channels import find_channels
+from autoprune.structure import Attribute, analyse
+from autoprune.structure.channels import find_channels, unseen_layers
+from autoprune.structure.trace import trace
 from autoprune.testing import TinyNet, TinyResNet
 
 IMAGES = torch.zeros(2, 3, 8, 8)
@@ -113,6 +110,22 @@ class TestChains:
         net = between(lambda net, x: net.again(F.relu(net.again(x))), again=conv(8, 8))
         assert analyse(net, IMAGES)["a"].layers == ("a", "again")
 
+    def test_a_layer_whose_weights_the_code_takes_is_like_any_other(self):
+        structure = analyse(
+            between(lambda net, x: F.conv2d(x, net.c.weight, padding=1), c=conv(8, 6), b=conv(6, 4)), IMAGES
+        )
+        assert {name: structure[name].readers for name in structure.names} == {"a": ("c",), "c": ("b",), "b": ("fc",)}
+
+    def test_a_gradient_that_is_cut_hides_no_reader(self):
+        run = lambda net, x: net.fc(pooled(net.a(x))) + net.other(pooled(net.a(x).detach()))  # noqa: E731
+        net = Net(run, a=conv(3, 6), fc=nn.Linear(6, 2), other=nn.Linear(6, 2))
+        assert analyse(net, IMAGES)["a"].readers == ("fc", "other")
+
+    def test_a_pixel_shuffle_takes_four_channels_for_one(self):
+        structure = analyse(between(lambda net, x: F.pixel_shuffle(x, 2), b=conv(2, 4)), IMAGES)
+        assert positions(structure["a"])["a.weight", 0] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert positions(structure["a"])["b.weight", 1] == [0, 1]
+
     def test_embeddings(self):
         def run(net, x):
             return net.fc(F.relu(net.a(net.words(x) + net.places)).mean(1))
@@ -200,6 +213,86 @@ class TestOptionA:
         assert all(len(group.layers) == 1 for group in plain)
 
 
+def grouped(inputs, outputs, groups):
+    """A network `a` → `many`, a convolution in groups → `b` → `fc`."""
+    members = {"a": conv(3, inputs), "many": conv(inputs, outputs, groups=groups), "b": conv(outputs, 4)}
+    return between(lambda net, x: net.many(x), **members)
+
+
+class TestGroupedConvolutions:
+    """Where groups are many, whole ones leave; where they are few, the same channel of each leaves in all of them."""
+
+    def test_whole_groups_leave_where_they_are_many(self):
+        structure = analyse(grouped(12, 8, 4), IMAGES)
+        group = structure["a"]
+        assert (group.size, group.layers, group.readers) == (4, ("a", "many"), ("b",))
+        assert group.attributes == (Attribute("many", "groups", 1),)
+        where = positions(group)
+        assert where["a.weight", 0] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+        assert (
+            where["many.weight", 0] == where["many.bias", 0] == where["b.weight", 1] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+        )
+        assert ("many.weight", 1) not in where
+
+    def test_channels_leave_every_group_where_they_are_few(self):
+        structure = analyse(grouped(8, 12, 2), IMAGES)
+        assert sizes(structure) == {"a": 4, "many": 6, "b": 4}
+        first, second = positions(structure["a"]), positions(structure["many"])
+        assert first["a.weight", 0] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+        assert first["many.weight", 1] == [0, 1, 2, 3]
+        assert second["many.weight", 0] == second["b.weight", 1] == [[n, n + 6] for n in range(6)]
+        assert not structure["a"].attributes
+
+    def test_a_depthwise_convolution_with_a_multiplier(self):
+        structure = analyse(grouped(8, 16, 8), IMAGES)
+        assert sizes(structure) == {"a": 8, "b": 4}
+        assert structure["a"].attributes == (Attribute("many", "groups", 1),)
+        assert positions(structure["a"])["b.weight", 1] == [[2 * n, 2 * n + 1] for n in range(8)]
+
+    def test_what_two_of_them_share_leaves_in_whole_groups_of_both(self):
+        def run(net, x):
+            return net.fc(pooled(net.second(net.first(net.a(x)))))
+
+        first, second = conv(8, 8, groups=8), conv(8, 8, groups=4)
+        structure = analyse(Net(run, a=conv(3, 8), first=first, second=second, fc=nn.Linear(8, 2)), IMAGES)
+        (group,) = structure.groups
+        assert (group.size, group.layers) == (4, ("a", "first", "second"))
+        assert set(group.attributes) == {Attribute("first", "groups", 2), Attribute("second", "groups", 1)}
+
+    def test_a_group_norm_loses_whole_groups(self):
+        structure = analyse(between(lambda net, x: net.norm(x), norm=nn.GroupNorm(4, 8)), IMAGES)
+        assert (structure["a"].size, structure["a"].normalised) == (4, False)
+        assert structure["a"].attributes == (Attribute("norm", "num_groups", 1),)
+
+    def test_on_the_networks_input_all_groups_stay_and_lose_alike(self):
+        net = Net(lambda net, x: net.fc(pooled(net.deep(x))), deep=conv(3, 6, groups=3), fc=nn.Linear(6, 2))
+        (group,) = analyse(net, IMAGES).groups
+        where = positions(group)
+        assert where["deep.weight", 0] == where["fc.weight", 1] == [[0, 2, 4], [1, 3, 5]]
+        assert group.attributes == ()
+
+
+class TestMultiple:
+    def test_channels_stay_in_multiples(self):
+        structure = analyse(between(lambda net, x: x), IMAGES, multiple=4)
+        assert structure["a"].multiple == 4
+        assert [structure["a"].count(sparsity) for sparsity in (0.2, 0.3, 0.99)] == [0, 4, 4]
+
+    def test_a_multiple_is_of_channels_and_not_of_elements(self):
+        """An element of four channels, and one of two, count as such."""
+        structure = analyse(grouped(16, 16, 8), IMAGES, multiple=8)
+        assert (structure["a"].size, structure["a"].multiple) == (8, 4)
+
+    @pytest.mark.parametrize(("multiple", "channels"), [(4, 4), (8, 4), (5, 4)])
+    def test_fewer_channels_than_that_stay_whole(self, multiple, channels):
+        structure = analyse(between(lambda net, x: x), IMAGES, multiple=multiple)
+        assert reasons(structure)["b"] == f"it has {channels} channels, and no smaller multiple of {multiple}"
+
+    def test_sizes_that_are_no_multiple(self):
+        structure = analyse(between(lambda net, x: x, a=conv(3, 11), b=conv(11, 4)), IMAGES, multiple=3)
+        assert [structure["a"].nearest(number) for number in range(12)] == [0, 2, 2, 2, 5, 5, 5, 8, 8, 8, 8, 8]
+
+
 class TestLocked:
     def test_the_classifier(self):
         structure = analyse(TinyNet(), torch.zeros(1, 1, 8, 8))
@@ -207,17 +300,13 @@ class TestLocked:
         assert (locked.name, locked.kind, locked.size, locked.layers) == ("fc", "channels", 10, ("fc",))
         assert locked.reason == "its elements are the network's output"
 
-    @pytest.mark.parametrize(
-        ("norm", "reason"),
-        [
-            (nn.GroupNorm(2, 8), "removing its elements is not the same as zeroing them"),
-            (nn.GroupNorm(8, 8), "the network fails without some of its elements: Expected number of channels"),
-            (nn.LayerNorm([8, 8, 8]), "removing its elements is not the same as zeroing them"),
-        ],
-    )
-    def test_a_norm_over_channels(self, norm, reason):
+    @pytest.mark.parametrize("norm", [nn.GroupNorm(1, 8), nn.LayerNorm([8, 8, 8])])
+    def test_a_norm_over_channels(self, norm):
         structure = analyse(between(lambda net, x: net.norm(x), norm=norm), IMAGES)
-        assert reasons(structure)["a"].startswith(reason)
+        assert reasons(structure)["a"] == (
+            "`norm` normalises across it, so that removing is not the same as zeroing "
+            "(offered on request, as a normalised group)"
+        )
         assert sizes(structure) == {"b": 4}
 
     @pytest.mark.parametrize("affine", [True, False])
@@ -230,65 +319,56 @@ class TestLocked:
         norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
         assert sizes(analyse(between(lambda net, x: net.norm(x), norm=norm), IMAGES)) == {"a": 8, "b": 4}
 
-    @pytest.mark.parametrize("options", [{"groups": 2}, {"groups": 4}])
-    def test_a_grouped_convolution(self, options):
-        structure = analyse(between(lambda net, x: net.grouped(x), grouped=conv(8, 8, **options)), IMAGES)
-        reason = "`grouped` is a grouped convolution, whose channels can't leave one by one"
-        assert reasons(structure)["a"] == reason
-        assert sizes(structure) == {"b": 4}
-        assert {layer for locked in structure.locked for layer in locked.layers} == {"a", "grouped", "fc"}
-
-    def test_a_depthwise_convolution_with_a_multiplier(self):
-        net = between(lambda net, x: net.deep(x), deep=conv(8, 16, groups=8), b=conv(16, 4))
-        assert "grouped convolution" in reasons(analyse(net, IMAGES))["a"]
-
-    def test_a_module_that_can_not_be_sliced(self):
+    def test_a_module_whose_code_insists_on_a_width(self):
         run = lambda net, x: net.fc(net.attention(*[net.a(x)] * 3)[0])  # noqa: E731
         attention = nn.MultiheadAttention(8, 2, batch_first=True)
         structure = analyse(Net(run, a=nn.Linear(4, 8), attention=attention, fc=nn.Linear(8, 2)), torch.zeros(2, 5, 4))
-        assert reasons(structure)["a"] == "`attention` is a MultiheadAttention, which can't be sliced"
+        reason = (
+            "the network fails without some of its elements: passed-in embed_dim 8 didn't match last dim of query 4"
+        )
+        assert reasons(structure)["a"] == reason
 
     def test_a_padding_whose_widths_stand_in_the_code(self):
         def run(net, x):
             return net.fc(pooled(net.a(x) + F.pad(net.b(x), (0, 0, 0, 0, 1, 1))))
 
         structure = analyse(Net(run, a=conv(3, 6), b=conv(3, 4), fc=nn.Linear(6, 2)), IMAGES)
-        assert reasons(structure)["a"] == "their number is fixed by a call of `pad` in the network's code"
+        assert reasons(structure)["a"].endswith(" joins it with padding of a fixed size")
         assert [locked.size for locked in structure.locked if locked.name == "a"] == [2]
         (rest,) = structure.groups
         assert (rest.name, rest.size) == ("a#2", 4)
         assert positions(rest)["a.weight", 0] == positions(rest)["fc.weight", 1] == [1, 2, 3, 4]
         assert positions(rest)["b.weight", 0] == [0, 1, 2, 3]
 
-    def test_one_element(self):
-        structure = analyse(between(lambda net, x: x, a=conv(3, 1), b=conv(1, 4)), IMAGES)
-        assert reasons(structure)["a"] == "it has one element only, and a layer is never emptied"
-
     def test_channels_that_are_mixed_on_the_way(self):
-        structure = analyse(between(lambda net, x: F.pixel_shuffle(x, 2), b=conv(2, 4)), IMAGES)
-        assert reasons(structure)["a"] == "its elements do not line up with the weights that read them"
         structure = analyse(between(lambda net, x: F.channel_shuffle(x, 2)), IMAGES)
-        assert "not the same as zeroing them" in reasons(structure)["a"]
+        assert sizes(structure) == {"b": 4}
+        assert "shuffles the 8 of them" in reasons(structure)["a"]
+
+    def test_what_a_softmax_runs_over(self):
+        structure = analyse(between(lambda net, x: net.gate(x), gate=nn.Softmax(1)), IMAGES)
+        assert reasons(structure)["a"] == "`gate` runs `softmax` across it"
 
     def test_weights_that_are_shared_with_another_layer(self):
+        """Rows and columns of one matrix meet in one element."""
         first, second = nn.Linear(6, 6), nn.Linear(6, 6)
         second.weight = first.weight
         run = lambda net, x: net.fc(net.c(net.b(net.a(x))))  # noqa: E731
         net = Net(run, a=nn.Linear(4, 6), b=first, c=second, fc=nn.Linear(6, 2))
-        structure = analyse(net, torch.zeros(2, 4))
-        assert set(reasons(structure)) == {"a", "b", "c", "fc"}
+        (group,) = analyse(net, torch.zeros(2, 4)).groups
+        written = [("a.weight", 0), ("a.bias", 0), ("b.weight", 0), ("b.bias", 0), ("c.bias", 0)]
+        assert positions(group) == {key: list(range(6)) for key in [*written, ("b.weight", 1), ("fc.weight", 1)]}
 
-    def test_weights_that_are_computed(self):
-        net = between(lambda net, x: net.c(x), c=nn.utils.parametrizations.weight_norm(conv(8, 8)))
-        structure = analyse(net, IMAGES)
-        (locked,) = (locked for locked in structure.locked if "c" in locked.layers)
-        assert locked.reason == "the weight of `c` is computed from other tensors"
-        assert sizes(structure) == {"b": 4}
+    def test_a_layer_that_is_not_used_is_listed(self):
+        structure = analyse(between(lambda net, x: x, unused=conv(8, 6)), IMAGES)
+        (locked,) = (locked for locked in structure.locked if locked.name == "unused")
+        assert (locked.size, locked.layers) == (6, ("unused",))
+        assert locked.reason == "the network does not use it when it runs on the example input"
 
-    def test_a_layer_that_is_not_called_is_listed(self):
-        net = between(lambda net, x: F.conv2d(x, net.c.weight - net.c.weight.mean(), padding=1), c=conv(8, 8))
-        reason = "the network does not call it as a module when it runs on the example input"
-        assert reasons(analyse(net, IMAGES))["c"] == reason
+    def test_one_line_for_a_layer_and_reason(self):
+        """Elements of a layer that are locked for one reason are one group, however they differ."""
+        structure = analyse(build("resnet20"), torch.zeros(1, 3, 8, 8))
+        assert [(locked.name, locked.size) for locked in structure.locked] == [("linear", 10)]
 
     def test_every_layer_is_offered_or_listed(self):
         for net in (TinyNet(), TinyResNet()):
@@ -298,67 +378,26 @@ class TestLocked:
             assert {layer for group in listed for layer in group.layers} == layers
 
 
-class TestErrors:
-    def test_a_network_that_fails_on_the_input(self):
-        with pytest.raises(StructureError, match="of TinyNet can't be traced: RuntimeError: Given groups=1"):
-            analyse(TinyNet(), torch.zeros(1, 3, 8, 8))
-
-    def test_a_network_that_can_not_be_copied(self):
-        net = between(lambda net, x: x)
-        prune.l1_unstructured(net.a, "weight", 0.5)
-        with pytest.raises(StructureError, match=r"Net can't be copied \(Only Tensors .* make them plain parameters"):
-            analyse(net, IMAGES)
-
-    def test_messages_are_one_line(self):
-        with pytest.raises(StructureError) as caught:
-            analyse(Net(lambda net, x: net.a(x).view(7), a=conv(3, 4)), IMAGES)
-        assert "\n" not in str(caught.value)
-
-
-class TestInputUntouched:
-    def snapshot(self, net):
-        hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in net.modules()]
-        tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
-        return {
-            "values": {name: tensor.detach().clone() for name, tensor in tensors.items()},
-            "objects": {name: id(tensor) for name, tensor in tensors.items()},
-            "grad": {name: None if t.grad is None else t.grad.clone() for name, t in net.named_parameters()},
-            "requires_grad": {name: tensor.requires_grad for name, tensor in tensors.items()},
-            "training": [module.training for module in net.modules()],
-            "hooks": hooks,
-        }
-
-    @pytest.mark.usefixtures("global_rng_untouched")
-    def test_nothing_of_it_changes(self):
-        net = build("resnet20").train()
-        net.bn1.eval()
-        net.conv1.weight.requires_grad_(False)
-        net.linear.weight.grad = torch.ones(10, 64)
-        net.linear.register_forward_hook(lambda *_: None)
-        before = self.snapshot(net)
-        analyse(net, torch.zeros(1, 3, 8, 8))
-        after = self.snapshot(net)
-        for key in ("values", "grad"):
-            for name, value in before[key].items():
-                assert value is after[key][name] is None or torch.equal(value, after[key][name]), name
-        assert {k: v for k, v in before.items() if k not in ("values", "grad")} == {
-            k: v for k, v in after.items() if k not in ("values", "grad")
-        }
-
-    def test_the_example_input_does_not_change(self):
-        images = torch.rand(2, 1, 8, 8)
-        before = images.clone()
-        analyse(TinyNet(), images)
-        assert torch.equal(images, before)
-        assert not images.requires_grad
-
-    def test_frozen_and_no_grad_networks_are_found_alike(self):
-        net = TinyResNet()
-        expected = sizes(analyse(net, torch.zeros(1, 1, 8, 8)))
-        frozen = copy.deepcopy(net).requires_grad_(False)
-        with torch.no_grad():
-            assert sizes(analyse(frozen, torch.zeros(1, 1, 8, 8))) == expected
-
+class TestFindChannels:
     def test_the_same_network_gives_the_same_groups(self):
-        first, second = (find_channels(TinyResNet(), torch.zeros(1, 1, 8, 8))[0] for _ in range(2))
-        assert [(g.name, positions(g)) for g in first] == [(g.name, positions(g)) for g in second]
+        net = build("resnet20")
+        first, second = (find_channels(net, trace(net, torch.zeros(1, 3, 8, 8))) for _ in range(2))
+        assert [(g.name, positions(g)) for g in first.groups] == [(g.name, positions(g)) for g in second.groups]
+        assert first.locked == second.locked
+
+    def test_groups_stand_in_the_order_of_execution(self):
+        def run(net, x):
+            return net.z(pooled(net.m(F.relu(net.a(F.relu(net.b(x)))))))
+
+        net = Net(run, z=nn.Linear(5, 2), a=conv(3, 4), m=conv(4, 5), b=conv(3, 3))
+        assert [group.name for group in find_channels(net, trace(net, IMAGES)).groups] == ["b", "a", "m"]
+
+    def test_unseen_layers(self):
+        net = between(lambda net, x: x, unused=conv(8, 6), tied=conv(8, 4))
+        net.tied.weight = net.b.weight
+        assert unseen_layers(net, trace(net, IMAGES)) == ["unused"]
+
+    def test_what_an_example_of_one_pixel_shows(self):
+        """Dimensions of size 1 have nothing to lose, and don't get in the way."""
+        structure = analyse(between(lambda net, x: x), torch.zeros(1, 3, 1, 1))
+        assert sizes(structure) == {"a": 8, "b": 4}

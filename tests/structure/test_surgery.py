@@ -1,3 +1,7 @@
+import copy
+import dataclasses
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autoprune.errors import StructureError
 from autoprune.models import CifarResNet
-from autoprune.structure import Structure, analyse, kept_indices, remove, select
+from autoprune.structure import Cut, Structure, Weakest, analyse, carry_over, cut, plan, remove
 from autoprune.testing import TinyNet, TinyResNet
 
 
@@ -33,10 +38,38 @@ class Bottleneck(nn.Module):
         return self.fc2(F.relu(self.fc1(F.relu(self.up(x)).flatten(1))))
 
 
+class Branches(nn.Module):
+    """Grouped convolutions of three sorts: many groups, normalised in as many, beside few; joined; depth-wise."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.other = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.many = nn.Conv2d(8, 12, 3, padding=1, groups=4)
+        self.few = nn.Conv2d(8, 6, 3, padding=1, groups=2)
+        self.norm = nn.GroupNorm(4, 12)
+        self.joined = nn.Conv2d(18, 6, 1)
+        self.gain = nn.Parameter(torch.rand(6, 1, 1))
+        self.deep = nn.Conv2d(6, 12, 3, padding=1, groups=6)
+        self.fc = nn.Linear(12, 2)
+
+    def forward(self, x):
+        many, few = self.norm(self.many(F.relu(self.stem(x)))), F.relu(self.few(F.relu(self.other(x))))
+        x = self.joined(torch.cat([many, few], 1)) * self.gain
+        return self.fc(self.deep(F.relu(x)).mean((2, 3)))
+
+
+def weight_normed():
+    """A chain whose first layer computes its weight from a direction and a length."""
+    first = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3))
+    return nn.Sequential(first, nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 2))
+
+
 CASES = {
     "chain": (TinyNet, (1, 8, 8)),
     "residual": (TinyResNet, (1, 8, 8)),
     "bottleneck": (Bottleneck, (3, 4, 4)),
+    "branches": (Branches, (3, 6, 6)),
+    "weight norm": (weight_normed, (3, 6, 6)),
     "option A": (lambda: CifarResNet(1, "pad", 3, 10), (3, 8, 8)),
     "option B": (lambda: CifarResNet(1, "projection", 3, 10), (3, 8, 8)),
 }
@@ -140,16 +173,70 @@ class TestEquivalence:
         assert smaller.layer3[0].shortcut.right.numel() == 15
         assert smaller.linear.in_features == 64 - 4
 
+    def test_numbers_that_the_code_reads_shrink(self):
+        net = Branches()
+        structure = analyse(net, torch.zeros(2, 3, 6, 6))
+        assert {group.name: group.size for group in structure} == {"stem": 4, "other": 4, "few": 3, "joined": 6}
+        smaller = remove(net, structure, {"stem": [1], "few": [0, 2], "joined": [5, 1]})
+        assert (smaller.many.groups, smaller.many.in_channels, smaller.many.out_channels) == (3, 6, 9)
+        assert (smaller.norm.num_groups, smaller.norm.num_channels) == (3, 9)
+        assert (smaller.few.groups, smaller.few.in_channels, smaller.few.out_channels) == (2, 8, 2)
+        assert (smaller.deep.groups, smaller.deep.in_channels, smaller.deep.out_channels) == (4, 4, 8)
+        assert smaller.gain.shape == (4, 1, 1)
+        assert (net.norm.num_groups, net.deep.groups) == (4, 6)
 
-class TestKeptIndices:
+    def test_a_weight_that_is_computed(self):
+        net = weight_normed()
+        smaller = remove(net, analyse(net, torch.zeros(1, 3, 6, 6)), {"0": [0, 5]})
+        assert (smaller[0].out_channels, smaller[2].in_channels) == (4, 4)
+        torch.testing.assert_close(smaller[0].weight, net[0].weight[1:5])
+        smaller(torch.rand(1, 3, 6, 6)).sum().backward()
+
+    def test_whole_groups_of_a_convolution_leave(self):
+        net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(12, 2, 1))
+        smaller = remove(net, analyse(net, torch.zeros(1, 3, 6, 6)), {"0": [1]})
+        assert (smaller[1].groups, smaller[1].in_channels, smaller[1].out_channels) == (3, 6, 9)
+        assert torch.equal(smaller[1].weight, net[1].weight[[0, 1, 2, 6, 7, 8, 9, 10, 11]])
+
+
+class TestNormalised:
+    """By hand: a norm over the elements that stay."""
+
+    KEPT = torch.tensor([0, 2, 3, 5])
+
+    def removed(self, net, example):
+        return remove(net, analyse(net, example, normalised=True), {"0": [1, 4]})
+
+    def test_a_layer_norm(self):
+        net = randomised(nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 2)))
+        smaller = self.removed(net, torch.zeros(1, 3, dtype=torch.float64))
+        assert smaller[1].normalized_shape == (4,)
+        x = torch.randn(5, 3, dtype=torch.float64)
+        with torch.no_grad():
+            inner = net[0](x)[:, self.KEPT]
+            inner = F.layer_norm(inner, [4], net[1].weight[self.KEPT], net[1].bias[self.KEPT])
+            torch.testing.assert_close(smaller(x), F.linear(inner, net[2].weight[:, self.KEPT], net[2].bias))
+
+    def test_a_group_norm(self):
+        net = randomised(nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(1, 6), nn.Conv2d(6, 2, 1)))
+        smaller = self.removed(net, torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+        assert (smaller[1].num_groups, smaller[1].num_channels) == (1, 4)
+        x = torch.randn(5, 3, 4, 4, dtype=torch.float64)
+        with torch.no_grad():
+            inner = net[0](x)[:, self.KEPT]
+            inner = F.group_norm(inner, 1, net[1].weight[self.KEPT], net[1].bias[self.KEPT])
+            torch.testing.assert_close(smaller(x), F.conv2d(inner, net[2].weight[:, self.KEPT], net[2].bias))
+
+
+class TestPlan:
     def test_only_what_shrinks_is_named(self, structure):
-        kept = kept_indices(TinyResNet(), structure, {"conv1": [0, 2], "stem": []})
+        kept = plan(TinyResNet(), structure, {"conv1": [0, 2], "stem": []}).kept
         norm = [f"bn1.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
         assert set(kept) == {"conv1.weight", *norm, "conv2.weight"}
         assert {dim: indices.tolist() for dim, indices in kept["conv2.weight"].items()} == {1: [1, 3, 4, 5, 6, 7]}
 
     def test_groups_meet_in_one_tensor(self, structure):
-        kept = kept_indices(TinyResNet(), structure, {"conv1": [0], "stem": [1]})
+        kept = plan(TinyResNet(), structure, {"conv1": [0], "stem": [1]}).kept
         assert {dim: indices.tolist() for dim, indices in kept["conv1.weight"].items()} == {
             0: [1, 2, 3, 4, 5, 6, 7],
             1: [0, 2, 3, 4, 5, 6, 7],
@@ -157,12 +244,108 @@ class TestKeptIndices:
 
     def test_order_and_repetition_do_not_matter(self, structure):
         net = TinyResNet()
-        one, other = (kept_indices(net, structure, {"conv1": elements}) for elements in ([5, 0], [0, 5, 0]))
-        assert list(one) == list(other)
-        assert all(torch.equal(one[name][dim], other[name][dim]) for name in one for dim in one[name])
+        choices = ([5, 0], [0, 5, 0], torch.tensor([5, 0]))
+        one, *others = (plan(net, structure, {"conv1": elements}).kept for elements in choices)
+        for other in others:
+            assert list(one) == list(other)
+            assert all(torch.equal(one[name][dim], other[name][dim]) for name in one for dim in one[name])
 
     def test_nothing_removed_is_nothing_named(self, structure):
-        assert kept_indices(TinyResNet(), structure, {}) == {}
+        change = plan(TinyResNet(), structure, {})
+        assert (change.kept, change.attributes, change.blocks, change.zeroed) == ({}, {}, (), {})
+
+    def test_attributes_get_their_new_value(self):
+        net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
+        structure = analyse(net, torch.zeros(1, 3, 6, 6))
+        assert plan(net, structure, {"0": [1, 4, 7]}).attributes == {"1": {"groups": 5}}
+
+    def test_groups_share_an_attribute(self):
+        """As many as all of them leave, whatever their order."""
+        net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
+        (group,) = analyse(net, torch.zeros(1, 3, 6, 6)).groups
+        halves = [half_of(group, name, rows) for name, rows in (("low", range(4)), ("high", range(4, 8)))]
+        change = plan(net, Structure(tuple(halves)), {"low": [1], "high": [0, 2]})
+        assert change.attributes == {"1": {"groups": 5}}
+        assert change.kept["2.weight"][1].tolist() == [0, 2, 3, 5, 7]
+
+    def test_weights_that_become_zero(self):
+        net = TinyNet()
+        structure = analyse(net, torch.zeros(1, 1, 8, 8), kinds=("channels", "weights"))
+        saliency = torch.arange(80.0).view(10, 8)
+        change = plan(net, structure, {"fc:weights": Weakest(7, saliency), "conv1:weights": Weakest(0, saliency)})
+        assert set(change.zeroed) == {"fc.weight"}
+        assert change.zeroed["fc.weight"].flatten().nonzero().flatten().tolist() == list(range(7))
+
+    def test_channels_go_first_and_then_weights_of_what_is_left(self):
+        """Half of the 80 weights go: half of the 60 that are left, and the weakest of those."""
+        net = TinyNet()
+        structure = analyse(net, torch.zeros(1, 1, 8, 8), kinds=("channels", "weights"))
+        saliency = torch.arange(80.0).view(10, 8)
+        removed = {"fc:weights": Weakest(40, saliency), "conv2": [0, 3]}
+        change = plan(net, structure, removed)
+        assert change.zeroed["fc.weight"].shape == (10, 6)
+        assert change.zeroed["fc.weight"].flatten().nonzero().flatten().tolist() == list(range(30))
+        smaller = cut(net, change)
+        left = net.fc.weight[:, [1, 2, 4, 5, 6, 7]].detach().clone()
+        left.view(-1)[:30] = 0
+        assert torch.equal(smaller.fc.weight, left)
+
+    def test_two_patterns_of_one_tensor(self):
+        net = TinyNet()
+        kinds = [analyse(net, torch.zeros(1, 1, 8, 8), kinds=(kind,)) for kind in ("weights", "2:4")]
+        structure = Structure(tuple(group for found in kinds for group in found))
+        saliency = torch.arange(80.0).view(10, 8)
+        removed = {"fc:weights": Weakest(8, saliency), "fc:2:4": Weakest(2, saliency)}
+        gone = plan(net, structure, removed).zeroed["fc.weight"]
+        assert gone[0].all()
+        assert gone[1:].tolist() == [[True, True, False, False] * 2] * 9
+
+
+def half_of(group, name, rows):
+    slices = [dataclasses.replace(part, positions=part.positions[list(rows)]) for part in group.slices]
+    return dataclasses.replace(group, name=name, size=len(rows), slices=tuple(slices))
+
+
+class TestRecord:
+    CHANGE = Cut(
+        {"a.weight": {0: torch.tensor([0, 2]), 1: torch.tensor([1])}, "a.bias": {0: torch.tensor([0, 2])}},
+        {"a": {"groups": 2, "heads": 3}},
+        ("layer1.0",),
+        {"b.weight": torch.tensor([[True, False]])},
+    )
+
+    def test_there_and_back_through_json(self):
+        again = Cut.from_dict(json.loads(json.dumps(self.CHANGE.to_dict())))
+        assert again.to_dict() == {**self.CHANGE.to_dict(), "zeroed": []}
+        assert torch.equal(again.kept["a.weight"][1], torch.tensor([1]))
+        assert again.kept["a.bias"][0].dtype == torch.int64
+        assert (again.attributes, again.blocks) == (self.CHANGE.attributes, self.CHANGE.blocks)
+
+    def test_of_zeros_only_the_names(self):
+        assert self.CHANGE.to_dict()["zeroed"] == ["b.weight"]
+
+    def test_it_builds_the_same_network(self, case):
+        net, structure, _ = case
+        change = plan(net, structure, {group.name: [0] for group in structure})
+        again = cut(net, Cut.from_dict(json.loads(json.dumps(change.to_dict()))))
+        expected = cut(net, change)
+        assert repr(again) == repr(expected)
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+class Sizes(TorchDispatchMode):
+    """Sees the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function is not torch.ops.aten.detach.default and isinstance(output, torch.Tensor):
+            self.largest = max(self.largest, output.numel())
+        return output
 
 
 class TestCopy:
@@ -187,23 +370,19 @@ class TestCopy:
         assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in smaller.state_dict().values())
 
     def test_dense_tensors_are_never_copied(self):
-        class Sizes(TorchDispatchMode):
-            def __init__(self):
-                super().__init__()
-                self.largest = 0
-
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                output = function(*args, **(kwargs or {}))
-                if function is not torch.ops.aten.detach.default and isinstance(output, torch.Tensor):
-                    self.largest = max(self.largest, output.numel())
-                return output
-
         net = nn.Sequential(nn.Linear(8, 100), nn.ReLU(), nn.Linear(100, 2))
         structure = analyse(net, torch.zeros(2, 8))
-        kept = kept_indices(net, structure, {"0": list(range(90))})
+        change = plan(net, structure, {"0": list(range(90))})
         with Sizes() as sizes:
-            select(net, kept)
+            cut(net, change)
         assert sizes.largest == 80
+
+    def test_nothing_of_a_block_that_goes_is_copied(self):
+        inner = nn.Sequential(nn.Linear(2, 100), nn.Linear(100, 2))
+        net = nn.Sequential(nn.Linear(8, 2), nn.Sequential(inner, nn.ReLU()), nn.Linear(2, 2))
+        with Sizes() as sizes:
+            cut(net, Cut(blocks=("1",)))
+        assert sizes.largest == 16
 
     def test_what_belongs_to_a_tensor_stays(self, structure):
         net = TinyResNet().half()
@@ -228,13 +407,15 @@ class TestCopy:
         net.note = {"of": "the user"}
         seen = []
         net.fc.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+        net.fc.register_forward_pre_hook(lambda module, args: seen.append(len(args)))
+        net.conv1.register_full_backward_hook(lambda module, given, received: seen.append(received[0].shape[1]))
         smaller = remove(net, structure, {"stem": [0, 1, 2]})
         assert type(smaller) is TinyResNet
         assert [module.training for module in smaller.modules()] == [module.training for module in net.modules()]
         assert smaller.note == net.note
         assert smaller.note is not net.note
-        smaller(torch.zeros(2, 1, 8, 8))
-        assert seen == [5]
+        smaller(torch.rand(2, 1, 8, 8)).sum().backward()
+        assert seen == [1, 5, 8]
 
     def test_shared_parameters_stay_shared(self):
         class Shared(nn.Module):
@@ -271,3 +452,212 @@ class TestCopy:
         net = TinyNet()
         same = remove(net, Structure(()), {})
         assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in net.state_dict().items())
+
+    def test_the_network_itself_can_not_go(self):
+        with pytest.raises(StructureError, match="the network as a whole can't be replaced by the identity"):
+            cut(TinyNet(), Cut(blocks=("",)))
+
+
+class Deep(nn.Module):
+    """A residual block that can go, between two layers that can shrink."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + self.inner(x)
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.block, self.b, self.fc = nn.Linear(4, 6), self.Block(), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.b(self.block(F.relu(self.a(x))))))
+
+
+OPTIMIZERS = {
+    "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, amsgrad=True),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+    "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01, momentum=0.5, centered=True),
+    "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=0.01),
+}
+
+
+def step(net, optimizer, seed=0):
+    inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    net(inputs).square().sum().backward()
+    optimizer.step()
+
+
+class TestCarryOver:
+    """The optimizer goes on with the state of what is left."""
+
+    KEPT = torch.tensor([0, 2, 4, 5])
+    REMOVED = {"b": [1, 3, 6, 7]}  # noqa: RUF012 - never changed
+
+    def trained(self, make, net=None):
+        net = net or Deep()
+        optimizer = make(net.parameters())
+        for seed in range(3):
+            step(net, optimizer, seed)
+        return net, optimizer
+
+    def change(self, net, removed=None):
+        structure = analyse(net, torch.zeros(1, 4), kinds=("channels", "blocks", "weights"))
+        return plan(net, structure, removed or self.REMOVED)
+
+    @pytest.mark.parametrize(
+        ("name", "keys"),
+        [
+            ("SGD with momentum", ["momentum_buffer"]),
+            ("Adam", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]),
+            ("RMSprop", ["square_avg", "momentum_buffer", "grad_avg"]),
+        ],
+    )
+    def test_sliced_by_hand(self, name, keys):
+        net, optimizer = self.trained(OPTIMIZERS[name])
+        change = self.change(net)
+        smaller = cut(net, change)
+        carried = carry_over(optimizer, net, smaller, change)
+        order = [name for name, _ in smaller.named_parameters()]
+        dense = {name: optimizer.state[parameter] for name, parameter in net.named_parameters()}
+        small = {name: carried["state"][number] for number, name in enumerate(order)}
+        for key in keys:
+            assert torch.equal(small["b.weight"][key], dense["b.weight"][key][self.KEPT])
+            assert torch.equal(small["b.bias"][key], dense["b.bias"][key][self.KEPT])
+            assert torch.equal(small["fc.weight"][key], dense["fc.weight"][key][:, self.KEPT])
+            assert torch.equal(small["a.weight"][key], dense["a.weight"][key])
+            assert small["a.weight"][key].data_ptr() != dense["a.weight"][key].data_ptr()
+        if name == "Adam":
+            assert {float(state["step"]) for state in small.values()} == {3.0}
+
+    @pytest.mark.parametrize("name", OPTIMIZERS)
+    def test_it_loads_and_training_goes_on(self, name):
+        net, optimizer = self.trained(OPTIMIZERS[name])
+        change = self.change(net)
+        smaller = cut(net, change)
+        fresh = OPTIMIZERS[name](smaller.parameters())
+        fresh.load_state_dict(carry_over(optimizer, net, smaller, change))
+        for number, parameter in enumerate(smaller.parameters()):
+            state = fresh.state[parameter]
+            assert all(v.dim() == 0 or v.dim() == parameter.dim() for v in state.values() if v is not None), number
+        before = [parameter.detach().clone() for parameter in smaller.parameters()]
+        step(smaller, fresh)
+        assert all(not torch.equal(p, old) for p, old in zip(smaller.parameters(), before, strict=True))
+
+    @pytest.mark.parametrize("name", ["SGD with momentum", "Adam", "AdamW", "RMSprop"])
+    def test_a_step_is_the_dense_step_of_what_is_left(self, name):
+        """Where what goes had no effect, the dense network's next step and the small network's are the same."""
+        net = Deep()
+        with torch.no_grad():
+            for tensor, dim in ((net.b.weight, 0), (net.b.bias, 0), (net.fc.weight, 1)):
+                tensor.index_fill_(dim, torch.tensor(self.REMOVED["b"]), 0.0)
+        net, optimizer = self.trained(OPTIMIZERS[name], net)
+        change = self.change(net)
+        smaller = cut(net, change)
+        fresh = OPTIMIZERS[name](smaller.parameters())
+        fresh.load_state_dict(carry_over(optimizer, net, smaller, change))
+        step(net, optimizer, 7)
+        step(smaller, fresh, 7)
+        expected = cut(net, change)
+        for (key, small), dense in zip(smaller.named_parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(small, dense, rtol=1e-5, atol=1e-6, msg=key)
+
+    def test_a_blocks_parameters_are_left_out(self):
+        net, optimizer = self.trained(OPTIMIZERS["Adam"])
+        change = self.change(net, {"block": [0], **self.REMOVED})
+        smaller = cut(net, change)
+        carried = carry_over(optimizer, net, smaller, change)
+        order = [name for name, _ in smaller.named_parameters()]
+        assert order == ["a.weight", "a.bias", "b.weight", "b.bias", "fc.weight", "fc.bias"]
+        assert carried["param_groups"][0]["params"] == list(carried["state"]) == list(range(6))
+        dense = optimizer.state[net.fc.weight]["exp_avg"]
+        assert torch.equal(carried["state"][4]["exp_avg"], dense[:, self.KEPT])
+        fresh = OPTIMIZERS["Adam"](smaller.parameters())
+        fresh.load_state_dict(carried)
+        step(smaller, fresh)
+
+    def test_what_a_block_shares_with_another_layer_stays(self):
+        net = Deep()
+        net.late = nn.Linear(6, 6)
+        net.late.weight = net.block.inner.weight
+        net.forward = lambda x: net.fc(F.relu(net.b(net.late(net.block(F.relu(net.a(x)))))))
+        optimizer = OPTIMIZERS["SGD with momentum"](net.parameters())
+        net.block.inner.weight.grad = torch.ones(6, 6)
+        optimizer.step()
+        change = Cut(blocks=("block",))
+        smaller = cut(net, change)
+        carried = carry_over(optimizer, net, smaller, change)
+        places = [number for number, (name, _) in enumerate(smaller.named_parameters()) if name == "late.weight"]
+        assert len(carried["param_groups"][0]["params"]) == len(list(smaller.parameters()))
+        assert len(places) == 1
+        assert [carried["state"][n]["momentum_buffer"].shape for n in carried["state"]] == [(6, 6)]
+
+    def test_weights_that_are_zeroed_have_no_momentum(self):
+        net, optimizer = self.trained(OPTIMIZERS["Adam"])
+        change = self.change(net, {"fc:weights": Weakest(5, torch.arange(16.0).view(2, 8))})
+        carried = carry_over(optimizer, net, cut(net, change), change)
+        number = [name for name, _ in net.named_parameters()].index("fc.weight")
+        momentum = carried["state"][number]["exp_avg"]
+        expected = optimizer.state[net.fc.weight]["exp_avg"].clone()
+        expected.view(-1)[:5] = 0
+        assert torch.equal(momentum, expected)
+
+    def test_groups_of_parameters_keep_their_settings(self):
+        net = Deep()
+        named = dict(net.named_parameters())
+        biases = [(name, p) for name, p in named.items() if name.endswith("bias")]
+        weights = [(name, p) for name, p in named.items() if not name.endswith("bias")]
+        optimizer = torch.optim.SGD(
+            [{"params": weights, "weight_decay": 0.5}, {"params": biases, "lr": 0.25}], lr=0.1, momentum=0.9
+        )
+        step(net, optimizer)
+        change = self.change(net, {"block": [0]})
+        groups = carry_over(optimizer, net, cut(net, change), change)["param_groups"]
+        assert [group["params"] for group in groups] == [[0, 1, 2], [3, 4, 5]]
+        assert [(group["weight_decay"], group["lr"]) for group in groups] == [(0.5, 0.1), (0, 0.25)]
+        assert groups[0]["param_names"] == ["a.weight", "b.weight", "fc.weight"]
+
+    def test_nothing_is_carried_before_the_first_step(self):
+        net = Deep()
+        optimizer = OPTIMIZERS["Adam"](net.parameters())
+        change = self.change(net)
+        assert carry_over(optimizer, net, cut(net, change), change)["state"] == {}
+
+    def test_the_optimizer_is_not_changed(self):
+        net, optimizer = self.trained(OPTIMIZERS["Adam"])
+        before = copy.deepcopy(optimizer.state_dict())
+        change = self.change(net)
+        carry_over(optimizer, net, cut(net, change), change)["state"][0]["exp_avg"].fill_(7.0)
+        after = optimizer.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        for number, state in before["state"].items():
+            assert all(torch.equal(value, after["state"][number][key]) for key, value in state.items())
+
+    def test_numbers_that_nobody_knows_are_refused(self):
+        net = Deep()
+        optimizer = torch.optim.LBFGS(net.parameters(), max_iter=2)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = net(torch.ones(2, 4)).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        change = self.change(net)
+        with pytest.raises(
+            StructureError, match=r"what of them belongs to what is not known; start .* afresh"
+        ) as caught:
+            carry_over(optimizer, net, cut(net, change), change)
+        assert "\n" not in str(caught.value)
+
+    def test_another_networks_optimizer_is_refused(self):
+        net = Deep()
+        change = self.change(net)
+        with pytest.raises(StructureError, match="the optimizer holds a parameter that is not the network's"):
+            carry_over(OPTIMIZERS["Adam"](Deep().parameters()), net, cut(net, change), change)
