@@ -30,6 +30,7 @@ def analyse(
     kinds: Sequence[str] = ("channels", "heads"),
     multiple: int = 1,
     normalised: bool = False,
+    embeddings: bool = True,
     seed: int = 0,
 ) -> Structure:
     """Find a network's groups and prove each one.
@@ -42,6 +43,7 @@ def analyse(
             as "16x16".
         multiple: The channels that stay are a multiple of this.
         normalised: Whether to offer groups that a norm runs across, proven against a norm over what stays.
+        embeddings: Whether weights that are zeroed in place may be those of embeddings.
         seed: Randomness of the proof's inputs.
 
     Returns:
@@ -77,7 +79,7 @@ def analyse(
             for name, count in sorted(traced.unfollowed.items())
         ]
     for kind in weights:
-        more, not_these = find_weights(model, kind)
+        more, not_these = find_weights(model, kind, embeddings=embeddings)
         groups += more
         locked += not_these
     return Structure(tuple(groups), tuple(locked), tuple(given_up))

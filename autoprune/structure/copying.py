@@ -36,9 +36,10 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             memo[id(module)] = new = kind.__new__(kind)
             made.append((module, new))
     for module, new in made:
+        values = new.__dict__
         for key, value in module.__dict__.items():
             if key != _NOT_COPIED:
-                new.__dict__[key] = _value(key, value, memo)
+                values[key] = value if type(value) in _ATOMS else _value(key, value, memo)
     result: nn.Module = copy.deepcopy(model, memo)
     return result
 
@@ -57,7 +58,7 @@ def _not_in(memo: Mapping[int, Any], model: nn.Module) -> list[nn.Module]:
 
 def _value(key: str, value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if kind in _ATOMS or (kind is tuple and all(type(one) in _ATOMS for one in value)):
+    if kind is tuple and all(type(one) in _ATOMS for one in value):
         return value
     if kind is dict or kind is OrderedDict:
         if not value:

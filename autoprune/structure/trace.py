@@ -209,6 +209,7 @@ def trace(model: nn.Module, inputs: Any, *, training: bool = False) -> Trace:
     finally:
         for module, training in modes:
             module.training = training
+        tracer.close()
     tracer.end(outputs)
     return result
 
@@ -406,9 +407,12 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         for tensor in tensors(inputs):
             self._allocated(tensor, -1)
 
-    def end(self, outputs: Any) -> None:
+    def close(self) -> None:
+        """Let go of the tensors that are still there."""
         for finalizer in self._finalizers:
             finalizer.detach()
+
+    def end(self, outputs: Any) -> None:
         found = tensors(outputs)
         if not found:
             raise StructureError(
@@ -625,7 +629,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
             self._note(base, label, [maps[-1] for maps in changed], args[1] if len(args) > 1 else None)
         return [tuple(label for label in maps if bool(varying(label))) for maps in changed]
 
-    def _note(self, base: str, label: torch.Tensor, moved: list[torch.Tensor], groups: Any) -> None:
+    def _note(self, base: str, label: torch.Tensor, moved: list[torch.Tensor], number: Any) -> None:
         """Remember what holds only for a whole dimension, to explain why its indices can't leave."""
         dims = varying(label)
         if len(dims) != 1:
@@ -638,8 +642,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
                 return
             grid = _flat(moved[0], [d for d in range(moved[0].dim()) if d not in after]).squeeze()
             text = f"reshapes the {before} of them into {_times(grid.shape)}"
-        elif base in ("channel_shuffle", "native_channel_shuffle"):
-            grid = _line(label).reshape(groups, -1)
+        elif base in ("channel_shuffle", "native_channel_shuffle", "pixel_shuffle"):
+            grid = _line(label).reshape((-1, number**2) if base == "pixel_shuffle" else (number, -1))
             text = f"shuffles the {before} of them as {_times(grid.shape)}"
         elif base in ("slice", "split", "split_with_sizes", "narrow") and moved[0].shape[dim] != before:
             text = f"splits the {before} of them at {' + '.join(str(small.shape[dim]) for small in moved)}"
@@ -884,8 +888,9 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         tensors = [t for t in args[1:5] if isinstance(t, torch.Tensor) and t.numel() == inputs.shape[1]]
         columns = [(column, tuple(label.reshape(column) for label in self._of(t))) for t in tensors]
         result = self._met([(inputs.shape, self._of(inputs)), *columns], inputs.shape)
-        statistics = tuple(_line(label) for label in result if varying(label) == (1,))
-        return [result, *[statistics if len(output) else () for output in outputs[1:]]]
+        flat = self._without(result, [d for d in range(inputs.dim()) if d != 1])
+        statistics = tuple(_line(label) for label in flat)
+        return [result, *[statistics if output.shape == inputs.shape[1:2] else () for output in outputs[1:]]]
 
     def _layer_normed(self, args: Any, output: torch.Tensor) -> Maps:
         inputs, shape = args[0], args[1]
@@ -925,9 +930,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ow
         inputs, groups = args[0], args[6]
         channels = inputs.shape[1]
         statistics: Maps = ()
-        for label in self._of(inputs):
+        reason = f"{self._who} normalises across it"
+        for label in self._unmixed(self._of(inputs), range(2, inputs.dim()), reason):
             if varying(label) != (1,):
-                self._nodes.block(label, f"{self._who} normalises across it")
+                self._nodes.block(label, reason)
             elif groups == 1:
                 self._normed((label,), tuple(range(1, inputs.dim())))
             else:

@@ -297,3 +297,19 @@ class TestInputUntouched:
         frozen = copy.deepcopy(net).requires_grad_(False)
         with torch.no_grad():
             assert sizes(analyse(frozen, IMAGES)) == expected
+
+
+def test_embeddings_are_left_out_on_request() -> None:
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    tokens = torch.zeros(1, 2, dtype=torch.int64)
+    assert analyse(net, tokens, kinds=("weights",)).names == ("0:weights", "1:weights")
+    structure = analyse(net, tokens, kinds=("weights",), embeddings=False)
+    assert structure.names == ("1:weights",)
+    assert [(locked.name, locked.reason) for locked in structure.locked] == [("0:weights", "embeddings are left out")]
+
+
+def test_weights_are_zeroed_in_one_way_at_a_time() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^weights are zeroed in one way at a time, but got weights and 2:4; name one$"
+    ):
+        analyse(nn.Sequential(nn.Linear(4, 3)), torch.zeros(1, 4), kinds=("weights", "2:4"))

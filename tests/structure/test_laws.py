@@ -256,8 +256,8 @@ STAGES = {
     stage.__name__: stage
     for stage in (
         plain, pointwise, residual, pre_activation, projected, dense, inception, inverted, few_groups, many_groups,
-        multiplier, transposed, gated, glu, pooled, layer_norm, scaled, widened, tokens_mlp, attention, packed, shuffled,
-        pixels, parts, standardised, twice,
+        multiplier, transposed, gated, glu, pooled, layer_norm, scaled, widened, tokens_mlp, attention, packed,
+        shuffled, pixels, parts, standardised, twice,
     )
 }  # fmt: skip
 STAGES["grouped_queries"] = partial(attention, shared=2)
@@ -375,7 +375,7 @@ def agree(one, other):
 # -- the laws ---------------------------------------------------------------------------------------------------------
 
 
-@laws(60)
+@laws(100)
 @given(programs, st.data())
 def test_slicing_equals_masking(program, data):
     net = build(program)
@@ -390,7 +390,8 @@ def test_slicing_equals_masking(program, data):
 @laws(25)
 @given(programs, st.data())
 def test_slicing_across_a_norm_equals_a_norm_over_what_stays(program, data):
-    net = build(([("layer_norm", 6, "none", nn.ReLU), *program[0][:2], ("tokens_mlp", 4, "none", nn.GELU)], program[1]))
+    between = [stage for stage in program[0][:2] if stage[0] != "standardised"]  # whose weights are normalised as well
+    net = build(([("layer_norm", 6, "none", nn.ReLU), *between, ("tokens_mlp", 4, "none", nn.GELU)], program[1]))
     structure = analyse(net, IMAGES, kinds=KINDS, normalised=True)
     removed = chosen(structure, counts_of(structure, data))
     smaller = cut(net, plan(net, structure, removed))
@@ -399,7 +400,7 @@ def test_slicing_across_a_norm_equals_a_norm_over_what_stays(program, data):
         assert agree(smaller.double()(images.double()), masked(net, structure, removed, images))
 
 
-@laws(60)
+@laws(100)
 @given(programs, st.data())
 def test_the_cost_by_formula_is_the_cost_by_count(program, data):
     net = build(program)

@@ -5,6 +5,8 @@ weights that read what went. Refused means: one line that says what to do, or a 
 """
 
 import copy
+import subprocess
+import sys
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -518,7 +520,26 @@ class TestTrainingOnly:
         assert smaller.extra[0].weight.shape == (2, 3, 1, 1)
 
 
+_MEMORY = """
+import resource, torch
+from torch import nn
+from autoprune.structure import analyse
+
+analyse(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.zeros(1, 4))  # loads what is loaded late
+net = nn.Sequential(*[nn.Linear(2048, 2048) for _ in range(6)])
+size = sum(parameter.numel() for parameter in net.parameters()) * 4
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+assert len(analyse(net, torch.zeros(1, 2048))) == 5
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / size)
+"""
+
+
 class TestMany:
+    def test_memory_is_a_small_multiple_of_the_network(self):
+        """A copy in float64 with masked weights, or with the smaller network, is 4 times it, and the allocator's."""
+        run = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, timeout=100, check=True)
+        assert float(run.stdout) < 6
+
     def test_nothing_to_prune(self):
         assert len(analyse(nn.Sequential(nn.ReLU()), IMAGES)) == 0
 
