@@ -21,8 +21,9 @@ from autoprune.inputs import each_tensor, first_sample
 from autoprune.structure.groups import Structure
 from autoprune.structure.labels import Area, Labels
 from autoprune.structure.masks import zeros
+from autoprune.structure.seen import Block, Trace
 from autoprune.structure.surgery import aliases
-from autoprune.structure.trace import Block, Trace, trace
+from autoprune.structure.trace import trace
 
 if TYPE_CHECKING:
     from autoprune.cost.latency_table import LatencyTable

@@ -14,7 +14,8 @@ from autoprune.structure.channels import Found, find_channels, unseen_layers
 from autoprune.structure.groups import Group, LockedGroup, Structure
 from autoprune.structure.heads import adaptations
 from autoprune.structure.proof import Proof
-from autoprune.structure.trace import Trace, trace
+from autoprune.structure.seen import Trace
+from autoprune.structure.trace import trace
 from autoprune.structure.weights import WeightKind, find_weights
 
 __all__ = ["KINDS", "analyse"]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from autoprune.structure.groups import Group
-from autoprune.structure.trace import Trace
+from autoprune.structure.seen import Trace
 
 __all__ = ["Skipped", "find_blocks"]
 

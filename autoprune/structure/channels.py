@@ -3,7 +3,7 @@
 Nodes that belong together are one *element*; elements that touch the same tensors the same number of times are one
 *group*. So a residual stage is one group, and a stream that a network widens by padding (the option-A shortcut of He
 et al. 2016) is as many as the stream has parts of different reach. Attention needs no rule of its own here: products
-that run over several heads at once have tied the channels of each head (see `trace.py`).
+that run over several heads at once have tied the channels of each head (see `tracer.py`).
 """
 
 from collections import Counter, defaultdict
@@ -17,7 +17,7 @@ from torch import nn
 
 from autoprune.structure.groups import Attribute, Group, LockedGroup, Slice
 from autoprune.structure.labels import Labels, distinct
-from autoprune.structure.trace import Trace
+from autoprune.structure.seen import Trace
 
 __all__ = ["Found", "find_channels", "unseen_layers"]
 

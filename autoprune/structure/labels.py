@@ -1,6 +1,6 @@
 """Labels on tensors: which removable unit every position of an activation or a weight belongs to.
 
-The arithmetic of `trace.py`, which knows no network. A *node* is one index along one dimension of one parameter or
+The arithmetic of `tracer.py`, which knows no network. A *node* is one index along one dimension of one parameter or
 buffer; a *map* is an integer tensor of the shape of the tensor it describes that holds, at every position, the node
 that the position goes with, or 0 for none. Along most dimensions a map is constant: those have stride 0, so that a map
 takes no memory worth mentioning and every view, permutation or window of the tensor is made of the map by the same

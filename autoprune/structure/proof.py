@@ -27,8 +27,10 @@ from autoprune.errors import StructureError
 from autoprune.inputs import call, each_tensor
 from autoprune.structure.groups import Group, Structure
 from autoprune.structure.labels import distinct, varying
+from autoprune.structure.seen import Trace
 from autoprune.structure.surgery import remove
-from autoprune.structure.trace import Trace, in_mode, plain_attention, tensors, trace
+from autoprune.structure.trace import in_mode, plain_attention, trace
+from autoprune.structure.tracer import tensors
 
 __all__ = ["TOLERANCE", "Proof"]
 

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations, prune
 from autoprune.cost import CostModel, count
 from autoprune.errors import StructureError
 from autoprune.structure import analyse, cut, plan
-from autoprune.structure.trace import tensors
+from autoprune.structure.tracer import tensors
 
 IMAGES = torch.zeros(1, 2, 4, 4)
 TOKENS = torch.zeros(1, 3, 4)
@@ -403,6 +403,15 @@ class TestControlFlow:
         net = between(lambda net, x: torch.from_numpy(x.detach().numpy() * 2))
         assert "a" in locked(net, IMAGES)
 
+    def test_code_that_insists_on_an_even_number(self):
+        def run(net, x):
+            if x.shape[1] % 2:
+                raise ValueError("odd")
+            return x
+
+        net = Net(lambda net, x: net.b(run(net, net.a(x))), a=conv(2, 12), b=conv(12, 2))
+        assert locked(net, IMAGES)["a"] == "the network fails without some of its elements: odd"
+
     def test_what_depends_on_the_shape_alone(self):
         net = between(lambda net, x: x.mean(3, keepdim=True) if x.shape[2] > 2 else x)
         right(net, IMAGES, ["a"])
@@ -447,6 +456,18 @@ class TestRandomness:
         )
         assert torch.equal(torch.get_rng_state(), state)
         assert not torch.equal(before, state)  # which making a network changes
+
+    def test_then_nothing_else_is_tried(self):
+        calls = []
+
+        def run(net, x):
+            calls.append(1)
+            return F.dropout(net.inner(x))
+
+        layers = [layer for _ in range(16) for layer in (nn.Linear(4, 4), nn.ReLU())]
+        reasons = locked(Net(run, inner=nn.Sequential(*layers, nn.Linear(4, 2))), TOKENS)
+        assert len(reasons) == 17
+        assert len(calls) < 10
 
 
 class TestRecurrence:

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from autoprune.errors import StructureError
 from autoprune.structure.channels import find_channels
-from autoprune.structure.trace import in_mode, tensors, trace
+from autoprune.structure.trace import in_mode, trace
+from autoprune.structure.tracer import tensors
 
 IMAGES = torch.zeros(1, 2, 4, 4)
 TOKENS = torch.zeros(1, 3, 4)
@@ -558,6 +559,12 @@ class TestCosts:
     def test_in_place_operators_and_views_take_no_memory(self):
         traced = trace(nn.Sequential(conv(2, 3), nn.ReLU(inplace=True), nn.Flatten()), IMAGES)
         assert [numbers(s.numel) for s in traced.storages] == [32, 48]
+
+    @pytest.mark.parametrize(("norm", "of"), [(nn.InstanceNorm2d(4), 4), (nn.GroupNorm(2, 4), 2)])
+    def test_statistics_that_norms_hold_shrink_with_them(self, norm, of):
+        storages = trace(nn.Sequential(conv(2, 4), norm, conv(4, 2)), IMAGES).storages
+        statistics = [s.numel for s in storages if numbers(s.numel) == of]
+        assert [(area.fixed, [labels.size for _, labels in area.maps]) for area in statistics] == [(1, [of])] * 2
 
     def test_calls_of_modules(self):
         traced = trace(nn.Sequential(nn.Sequential(conv(2, 3)), nn.ReLU()), IMAGES)
