@@ -58,6 +58,11 @@ class TestFirstSample:
         assert torch.equal(first["b"][0], TWO[:1])
         assert first["b"][1] is None
 
+    def test_what_is_not_as_long_as_the_batch_is_for_all_samples(self):
+        mask, mean = torch.ones(2, 2), torch.tensor(0.5)
+        first = first_sample((mean, ONE, mask, TWO))
+        assert [tuple(tensor.shape) for tensor in first] == [(), (1, 2), (2, 2), (1,)]
+
     def test_numbers_have_no_samples(self):
         assert first_sample((torch.tensor(5.0), 3)) == (torch.tensor(5.0), 3)
 

@@ -281,9 +281,13 @@ class TestInputsAndOutputs:
         right(net, {"ids": IDS, "mask": torch.ones(1, 3)}, ["a"])
         right(net, {"ids": IDS.expand(4, 3), "mask": torch.ones(4, 3)}, ["a"])
 
-    def test_an_input_that_has_no_batch(self):
+    @pytest.mark.parametrize("batch", [1, 4])
+    def test_an_input_that_has_no_batch(self, batch):
         net = Net(lambda net, x, mix: net.b(mix @ net.a(x)), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
-        assert analyse(net, (TOKENS, torch.ones(3, 3))).names == ("a",)
+        example = (TOKENS.expand(batch, 3, 4), torch.ones(3, 3))
+        structure = analyse(net, example)
+        assert structure.names == ("a",)
+        assert CostModel(net, example, structure).dense.macs == 3 * (4 * 6 + 3 * 6 + 6 * 2)
 
     def test_an_input_without_a_batch_is_refused(self):
         refused(chain(), IMAGES[0], "does not run on the example input: .*one sample, the first along the first dim")
