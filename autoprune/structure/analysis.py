@@ -92,7 +92,7 @@ def _followed(model: nn.Module, example_input: Any, generator: torch.Generator) 
     Layers that run in training only (auxiliary classifiers) read channels too: what eval mode does not show is looked
     for in training mode, and used if the network computes the same twice there.
     """
-    _copyable(model)
+    _require_copyable(model)
     sample = first_sample(example_input)
     traced = trace(model, sample)
     if unseen_layers(model, traced):
@@ -107,7 +107,7 @@ def _followed(model: nn.Module, example_input: Any, generator: torch.Generator) 
     return traced, Proof(model, example_input, generator)
 
 
-def _copyable(model: nn.Module) -> nn.Module:
+def _require_copyable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
@@ -115,7 +115,6 @@ def _copyable(model: nn.Module) -> nn.Module:
                     f"`{name}.{attribute}` is computed from other tensors, as by weight norm or pruning masks, so that "
                     "the network can't be copied; make it a plain parameter first"
                 )
-    return model
 
 
 def _prove(
@@ -138,7 +137,7 @@ def _prove(
         tried = [replace(group, attributes=choices[group.name][turn]) for group in left]
         faults_now = proof.faults(tried)
         proven |= {group.name: group for group in tried if group.name not in faults_now}
-        faults = {**{name: reason for name, reason in faults_now.items()}, **faults}
+        faults = faults_now | faults
         turn += 1
         left = [group for group in left if group.name in faults_now and turn < len(choices[group.name])]
     return [proven[name] for name in order if name in proven], {n: r for n, r in faults.items() if n not in proven}
