@@ -1,7 +1,7 @@
 """From a network to its proven groups: trace, find, prove."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,9 +63,13 @@ def analyse(
     locked: list[LockedGroup] = []
     given_up: list[str] = []
     if set(kinds) & set(KINDS):
-        traced, proof = _followed(model, example_input, torch.Generator().manual_seed(seed))
+        seen = _followed(model, example_input, torch.Generator().manual_seed(seed))
+        traced, proof = seen.traced, seen.proof
         found = find_channels(model, traced, multiple=multiple, normalised=normalised)
         offered = [group for group in found.groups if group.kind in kinds]
+        beyond = _beyond_proof(model, seen, offered, found.locked)
+        locked += [LockedGroup(g.name, g.kind, g.size, g.layers, beyond[g.name]) for g in offered if g.name in beyond]
+        offered = [group for group in offered if group.name not in beyond]
         if "blocks" in kinds:
             taken = {group.name for group in offered}
             blocks = find_blocks(traced)
@@ -79,6 +83,7 @@ def analyse(
             "what flows into it is locked"
             for name, count in sorted(traced.unfollowed.items())
         ]
+        given_up += seen.given_up
     for kind in weights:
         more, not_these = find_weights(model, kind, embeddings=embeddings)
         groups += more
@@ -86,25 +91,72 @@ def analyse(
     return Structure(tuple(groups), tuple(locked), tuple(given_up))
 
 
-def _followed(model: nn.Module, example_input: Any, generator: torch.Generator) -> tuple[Trace, Proof]:
-    """Return a trace that sees every layer, if there is one, and a proof of the same run.
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What runs of a network show.
 
-    Layers that run in training only (auxiliary classifiers) read channels too: what eval mode does not show is looked
-    for in training mode, and used if the network computes the same twice there.
+    Attributes:
+        traced: Sees every layer, if one run does that can be proven.
+        proof: Of the same run.
+        random: A run that sees more layers, but that computes something else each time.
+        given_up: What could not be run.
+    """
+
+    traced: Trace
+    proof: Proof
+    random: Trace | None = None
+    given_up: tuple[str, ...] = ()
+
+
+def _followed(model: nn.Module, example_input: Any, generator: torch.Generator) -> _Seen:
+    """Run a network in eval mode; and in training mode, if eval mode does not show every layer.
+
+    Layers that run in training only (auxiliary classifiers) read channels too.
     """
     _require_copyable(model)
     sample = first_sample(example_input)
     traced = trace(model, sample)
-    if unseen_layers(model, traced):
-        try:
-            more = trace(model, sample, training=True)
-        except StructureError:
-            more = traced
-        if len(unseen_layers(model, more)) < len(unseen_layers(model, traced)):
-            proof = Proof(model, example_input, generator, training=True)
-            if proof.steady:
-                return more, proof
-    return traced, Proof(model, example_input, generator)
+    proof = Proof(model, example_input, generator)
+    hidden = unseen_layers(model, traced)
+    if not hidden:
+        return _Seen(traced, proof)
+    try:
+        more = trace(model, sample, training=True)
+        if len(unseen_layers(model, more)) >= len(hidden):
+            return _Seen(traced, proof)
+        thorough = Proof(model, example_input, generator, training=True)
+    except StructureError as error:
+        layers = f"`{hidden[0]}`{f' and {len(hidden) - 1} more layers' if hidden[1:] else ''}"
+        return _Seen(traced, proof, given_up=(f"{layers}, which may run in training mode: there {error}",))
+    return _Seen(more, thorough) if thorough.steady else _Seen(traced, proof, random=more)
+
+
+def _beyond_proof(
+    model: nn.Module, seen: _Seen, offered: Iterable[Group], locked: Iterable[LockedGroup]
+) -> dict[str, str]:
+    """Return by name the groups that more is done with in a training mode that is random, and what."""
+    if seen.random is None:
+        return {}
+    hidden = set(unseen_layers(model, seen.traced))
+    there = find_channels(model, seen.random, normalised=True)
+    doing = {
+        (part.tensor, part.dim): f"`{layer}` reads it"
+        for group in there.groups
+        for layer in (*group.layers, *group.readers)
+        if layer in hidden
+        for part in group.slices
+    }
+    known = {layer for group in locked for layer in group.layers}
+    stuck = {layer: group.reason for group in there.locked for layer in group.layers if layer not in known}
+    beyond: dict[str, str] = {}
+    for group in offered:
+        reasons = [doing[part.tensor, part.dim] for part in group.slices if (part.tensor, part.dim) in doing]
+        reasons += [stuck[layer] for layer in group.layers if layer in stuck]
+        if reasons:
+            beyond[group.name] = (
+                f"in training mode, which computes something else each time so that nothing can be proven, {reasons[0]}"
+            )
+    return beyond
 
 
 def _require_copyable(model: nn.Module) -> None:

@@ -14,6 +14,9 @@ _FUNCTIONS = (type(len), type(lambda: 0))
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type, *_FUNCTIONS})
 """Types whose values `copy.deepcopy` returns as they are."""
 
+_DICTIONARIES = frozenset({dict, OrderedDict})
+_OWN = frozenset(vars(nn.Module()))  # each module has its own; others may be shared, even empty ones
+
 _OWN_WAYS = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getnewargs_ex__", "__getnewargs__", "__slots__")
 _CHILDREN = ("_parameters", "_buffers", "_modules")
 _NOT_COPIED = "_compiled_call_impl"  # as `nn.Module.__getstate__` has it
@@ -37,9 +40,16 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             made.append((module, new))
     for module, new in made:
         values = new.__dict__
+        values.update(module.__dict__)
+        values.pop(_NOT_COPIED, None)
         for key, value in module.__dict__.items():
-            if key != _NOT_COPIED:
-                values[key] = value if type(value) in _ATOMS else _value(key, value, memo)
+            kind = type(value)
+            if kind in _ATOMS:
+                continue
+            if not value and key in _OWN:  # hooks that nobody set, for the most part
+                values[key] = kind()
+            elif key != _NOT_COPIED:
+                values[key] = _value(key, value, memo)
     result: nn.Module = copy.deepcopy(model, memo)
     return result
 
@@ -58,13 +68,10 @@ def _not_in(memo: Mapping[int, Any], model: nn.Module) -> list[nn.Module]:
 
 def _value(key: str, value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if kind is tuple and all(type(one) in _ATOMS for one in value):
+    if kind is tuple and _ATOMS.issuperset(map(type, value)):
         return value
-    if kind is dict or kind is OrderedDict:
-        if not value:
-            return kind()
-        if key in _CHILDREN:
-            return kind((k, memo[id(v)] if id(v) in memo else copy.deepcopy(v, memo)) for k, v in value.items())
+    if key in _CHILDREN and kind in _DICTIONARIES:
+        return kind((k, memo[id(v)] if id(v) in memo else copy.deepcopy(v, memo)) for k, v in value.items())
     return copy.deepcopy(value, memo)
 
 

@@ -170,14 +170,14 @@ def cut(model: nn.Module, change: Cut) -> nn.Module:
     shrunk: set[int] = set()
     with torch.no_grad():
         for name, tensor in _outside(model, blocks):
-            small = _selected(tensor.detach(), change.kept.get(name, {}))
-            small = small.clone() if small.data_ptr() == tensor.data_ptr() else small.contiguous()
+            kept = change.kept.get(name)
+            small = _selected(tensor, kept) if kept else tensor.detach().clone()
             if name in change.zeroed:
                 small.masked_fill_(change.zeroed[name].to(small.device), 0.0)
             if isinstance(tensor, nn.Parameter):
                 small = nn.Parameter(small, tensor.requires_grad)
             memo[id(tensor)] = small
-            if name in change.kept:
+            if kept:
                 shrunk.add(id(small))
         smaller = copied(model, memo)
     for name, values in change.attributes.items():
@@ -258,13 +258,30 @@ def _carried(value: Any, parameter: torch.Tensor, name: str, change: Cut) -> Any
 
 
 def _selected(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    for dim, indices in sorted(kept.items()):  # rows first: they are copied whole, and leave less to pick columns from
-        tensor = tensor.index_select(dim, indices.to(tensor.device))
+    for dim in sorted(kept):  # rows first: they are copied whole, and leave less to pick columns from
+        tensor = tensor.index_select(dim, kept[dim].to(tensor.device))
     return tensor
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Return every parameter and buffer under its first name; in one walk, which torch's own iterators take four of."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    ahead = [("", model)]
+    while ahead:
+        prefix, module = ahead.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[prefix + name] = tensor
+        if module._modules:
+            children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+            ahead += reversed(children)
+    return found
 
 
 def aliases(model: nn.Module, module: str) -> list[str]:

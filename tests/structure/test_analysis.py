@@ -180,10 +180,41 @@ class TestTraining:
         assert structure["a"].readers == ("b", "aux")
         assert reasons(structure)["aux"] == "its elements are the network's output"
 
-    def test_a_network_that_is_random_in_training_is_seen_as_it_runs_in_eval(self):
+    def test_what_reads_it_in_a_training_that_is_random_is_locked(self):
         structure = analyse(Auxiliary(drop=0.5), IMAGES)
-        assert structure["a"].readers == ("b",)
+        assert structure.names == ("b",)
+        assert reasons(structure)["a"] == (
+            "in training mode, which computes something else each time so that nothing can be proven, `aux` reads it"
+        )
         assert reasons(structure)["aux"] == "the network does not use it when it runs on the example input"
+
+    def test_what_a_random_training_does_nothing_with_is_offered(self):
+        stem = nn.Sequential(nn.Conv2d(1, 6, 1), nn.ReLU(), nn.Conv2d(6, 1, 1))
+        assert analyse(nn.Sequential(stem, Auxiliary(drop=0.5)), IMAGES).names == ("0.0", "1.b")
+
+    def test_what_a_random_training_fixes_is_locked(self):
+        class Fixed(Auxiliary):
+            def forward(self, x):
+                features = F.relu(self.a(x))
+                scores = self.fc(self.b(F.dropout(features, 0.5, self.training)).mean((2, 3)))
+                return (scores, self.aux(features.mean((2, 3)).sort(1).values)) if self.training else scores
+
+        structure = analyse(Fixed(), IMAGES)
+        assert structure.names == ("b",)
+        assert "in training mode, which computes something else" in reasons(structure)["a"]
+
+    def test_a_training_that_fails_is_said(self):
+        class Fails(Auxiliary):
+            def forward(self, x):
+                if self.training:
+                    raise RuntimeError("no labels")
+                return super().forward(x)
+
+        structure = analyse(Fails(), IMAGES)
+        assert structure.names == ("a", "b")
+        (given_up,) = structure.given_up
+        assert given_up.startswith("`aux`, which may run in training mode: there Fails does not run")
+        assert "no labels" in given_up
 
 
 class TestInputs:
