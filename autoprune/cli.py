@@ -101,7 +101,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines, as in a
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Criterion = Annotated[str, typer.Option(help=f"How elements are ranked: {', '.join(registry.names('criterion'))}.")]
-Calibration = Annotated[int, typer.Option(help="Augmented training images for the batch-norm statistics.")]
+Calibration = Annotated[int, typer.Option(help="Augmented training images that candidates are recovered with.")]
+Recover = Annotated[
+    str,
+    typer.Option(
+        help="How candidates are recovered before fine-tuning: reconstructed (layers fitted in closed form) or "
+        "recalibrated (batch-norm statistics only)."
+    ),
+]
+MomentsMemory = Annotated[float, typer.Option(help="GB that the moments of the layers' inputs may take.")]
 Units = Annotated[
     str,
     typer.Option(
@@ -237,8 +245,10 @@ def search(
         int | None, typer.Option(help="Random policies evaluated as a control; by default a tenth of the candidates.")
     ] = None,
     finetune_steps: Annotated[int, typer.Option(help="Gradient steps of short fine-tuning for every candidate.")] = 50,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning.")] = 0.02,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning.")] = 0.01,
+    recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
+    moments_memory: MomentsMemory = 2.0,
     criterion: Criterion = "l1",
     sensitivity: Annotated[
         str, typer.Option(help="Sparsities at which every group is measured first; empty for none.")
@@ -273,7 +283,9 @@ def search(
         "control": control,
         "finetune_steps": finetune_steps,
         "lr": lr,
+        "recover": recover,
         "calibration_images": calibration_images,
+        "moments_memory": moments_memory,
         "criterion": criterion,
         "sensitivity": _numbers(sensitivity),
         "units": _names(units),
@@ -314,7 +326,12 @@ def sensitivity(
     units: Units = "channels,heads",
     multiple: Multiple = 1,
     normalised: Normalised = False,
+    recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
+    moments_memory: MomentsMemory = 2.0,
+    analytic: Annotated[
+        bool, typer.Option("--analytic", help="Predict the curves from moments alone, in seconds, and measure nothing.")
+    ] = False,
     shard: Annotated[
         str, typer.Option(help="i/n: measure every n-th cell from the i-th; merge the files afterwards.")
     ] = "1/1",
@@ -325,7 +342,7 @@ def sensitivity(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure each group alone at several sparsities, the others dense."""
+    """Measure each group alone at several sparsities, the others dense; or predict that."""
     if merge:
         report = SensitivityReport.load(merge[0])
         for file in merge[1:]:
@@ -338,7 +355,9 @@ def sensitivity(
             units=_names(units),
             multiple=multiple,
             normalised=normalised,
+            recover=recover,
             calibration_images=calibration_images,
+            moments_memory=moments_memory,
             seed=seed,
         )
         source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)
@@ -346,7 +365,7 @@ def sensitivity(
         with watching(quiet) as progress:
             work = _task(source, baseline=out.with_suffix(".baseline.safetensors"), progress=progress)
             prepared = prepare(work, settings)
-            grid = _numbers(sparsities)
+            grid = () if analytic else _numbers(sparsities)
             progress.begin("sensitivity", len(prepared.structure) * len(grid))
             report = analyse_sensitivity(
                 prepared.bench,
@@ -355,6 +374,7 @@ def sensitivity(
                 sparsities=grid,
                 settings=settings.measured_with,
                 evidence=prepared.evidence,
+                predicted=prepared.analytic(),
                 shard=_shard(shard),
                 progress=lambda group, done, _: progress.step(done, group),
             )

@@ -20,6 +20,7 @@ from gymnasium.error import ResetNeeded
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from autoprune.analytic import Analytic
 from autoprune.cost import FeasibleSet
 from autoprune.errors import ConfigError
 from autoprune.evaluation.candidate import Candidate
@@ -205,6 +206,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         warm_starts: Policies that are worth to be evaluated first.
         layers: Facts of the groups' layers; missing ones are zero in the observation.
         slopes: Accuracy lost by sparsity, of each group; missing or negative ones are zero in the observation.
+        predicted: What moments predict of policies, for agents that use it.
         worst: Value of a candidate that failed.
 
     Raises:
@@ -224,6 +226,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         warm_starts: Sequence[Policy] = (),
         layers: Mapping[str, LayerFacts] = MappingProxyType({}),
         slopes: Mapping[str, float] = MappingProxyType({}),
+        predicted: Analytic | None = None,
         worst: float = 0.0,
     ) -> None:
         if not len(feasible.structure):
@@ -232,6 +235,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self.space = space
         self.evaluations = evaluations
         self.warm_starts = tuple(warm_starts)
+        self.predicted = predicted
         self.worst = worst
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = spaces.Box(0.0, 1.0, (len(Observation._fields),), np.float32)

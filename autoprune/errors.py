@@ -19,7 +19,7 @@
 
     AutopruneWarning (UserWarning)
     ├── NoEffectWarning                    an operation that changed nothing
-    ├── RecalibrationWarning               the pipeline itself costs the dense network accuracy
+    ├── RecoveryWarning                    the pipeline itself costs the dense network accuracy
     ├── UncountedOperatorWarning           an operator the cost model does not know
     └── TrackingWarning                    the tracking server can't be used; the search goes on
 """
@@ -36,7 +36,7 @@ __all__ = [
     "InfeasibleBudgetError",
     "NoEffectWarning",
     "PolicyError",
-    "RecalibrationWarning",
+    "RecoveryWarning",
     "RunError",
     "SearchOver",
     "SplitError",
@@ -122,7 +122,7 @@ class NoEffectWarning(AutopruneWarning):
     """An operation that changed nothing."""
 
 
-class RecalibrationWarning(AutopruneWarning):
+class RecoveryWarning(AutopruneWarning):
     """The evaluation pipeline itself costs the dense network accuracy."""
 
 

@@ -1,14 +1,20 @@
 """A task made ready to search: groups, prices, the order of elements, and the evaluator. Nothing here is evaluated."""
 
+import functools
+import hashlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from autoprune import registry
+from autoprune.analytic import Analytic
 from autoprune.bounds import parse_bounds
-from autoprune.cost import CostModel, FeasibleSet, LatencyTable
+from autoprune.cost import CostModel, FeasibleSet, LatencyTable, count
+from autoprune.data import Batch
 from autoprune.errors import TaskError, UncountedOperatorWarning
 from autoprune.evaluation import Evaluator, Ledger, Workbench
+from autoprune.moments import Moments, readers_of
 from autoprune.run import RunFolder
 from autoprune.scoring import Evidence, removal_orders
 from autoprune.seeds import derive
@@ -43,15 +49,21 @@ class Prepared:
     bench: Workbench
     evidence: Evidence
 
+    def analytic(self) -> Analytic:
+        """Return what moments predict of any policy."""
+        moments = self.evidence.moments(self.bench.model, self.structure)
+        with suited_threads(self.bench.macs):
+            return Analytic.of(self.bench.model, self.structure, self.bench.orders, moments)
 
-def prepare(task: Task, settings: SearchSettings, latency: Path | None = None) -> Prepared:
+
+def prepare(task: Task, settings: SearchSettings, folder: RunFolder | None = None) -> Prepared:
     """Find a task's groups, score their elements and price policies; nothing is evaluated.
 
     Args:
         task: What the user brought.
         settings: How to search.
-        latency: File of the latency table, which a budget on latency needs: it is read, or made if it is not there. A
-            search that goes on must price policies as it did before.
+        folder: Where the latency table, which a budget on latency needs, and the moments are read from, or written to
+            if they are not there. A search that goes on must price and order policies as it did before.
 
     Raises:
         StructureError: The network's dependencies can't be traced.
@@ -79,19 +91,45 @@ def prepare(task: Task, settings: SearchSettings, latency: Path | None = None) -
             f"the MACs leave out operators that are not known: {listed}", UncountedOperatorWarning, stacklevel=2
         )
     if any(limit.metric == "latency" for limit in settings.limits.limits):
-        costs.latency = _latency_table(task, structure, costs, latency)
+        costs.latency = _latency_table(task, structure, costs, folder and folder.latency)
     bounds = parse_bounds(settings.bounds, structure, settings.max_sparsity)
     feasible = FeasibleSet.build(structure, costs, settings.limits, bounds, settings.max_sparsity)
     images = min(1000, settings.calibration_images)
     device = task.example_input.device
     batches = task.calibration_batches(images, 250, derive(settings.seed, "scoring"))
     placed = [(inputs.to(device), targets.to(device)) for inputs, targets in batches]
-    evidence = Evidence(placed, task.loss, derive(settings.seed, "scores"))
+    known = functools.cache(lambda: _moments(task, settings, structure, placed, folder and folder.moments))
+    evidence = Evidence(placed, task.loss, derive(settings.seed, "scores"), known)
     criterion = registry.resolve("criterion", settings.criterion)()
     with suited_threads(costs.dense.macs):
         scores = criterion.score(task.fresh_model().eval(), structure, evidence)
-    bench = Workbench(task, structure, removal_orders(scores), settings.calibration_images, settings.seed)
+    bench = Workbench(
+        task, structure, removal_orders(scores), settings.calibration_images, settings.seed, settings.recover
+    )
     return Prepared(task, settings, structure, costs, feasible, bench, evidence)
+
+
+def _moments(
+    task: Task, settings: SearchSettings, structure: Structure, batches: Sequence[Batch], file: Path | None
+) -> Moments:
+    digest = {
+        **task.digest(),
+        "readers": hashlib.sha256(",".join(sorted(readers_of(structure))).encode()).hexdigest()[:16],
+        "images": str(sum(len(inputs) for inputs, _ in batches)),
+        "memory": str(settings.moments_memory),
+        "seed": str(settings.seed),
+    }
+    if file is not None and file.exists():
+        return Moments.load(file, digest, task.example_input.device)
+    model = task.fresh_model().eval()
+    memory = int(settings.moments_memory * 1e9)
+    with suited_threads(count(model, task.example_input).cost.macs):
+        moments = Moments.collect(
+            model, batches, readers_of(structure), memory=memory, seed=derive(settings.seed, "moments")
+        )
+    if file is not None:
+        moments.save(file, digest)
+    return moments
 
 
 def _latency_table(task: Task, structure: Structure, costs: CostModel, file: Path | None) -> LatencyTable:

@@ -18,6 +18,7 @@ FAMILIES = MappingProxyType(
         "agent": MappingProxyType(
             {
                 "amc": "autoprune.agents.amc:AMCAgent",
+                "analytic": "autoprune.agents.analytic:AnalyticAgent",
                 "nsga2": "autoprune.agents.optuna:NSGA2Agent",
                 "random": "autoprune.agents.random:RandomAgent",
                 "tpe": "autoprune.agents.optuna:TPEAgent",
@@ -36,6 +37,7 @@ FAMILIES = MappingProxyType(
                 "identity": "autoprune.scoring.identity:Identity",
                 "l1": "autoprune.scoring.l1:L1",
                 "l2": "autoprune.scoring.l2:L2",
+                "obs": "autoprune.scoring.obs:OBS",
                 "random": "autoprune.scoring.random:Random",
                 "taylor": "autoprune.scoring.taylor:Taylor",
             }

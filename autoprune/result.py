@@ -198,7 +198,7 @@ def open_run(path: str | Path, task: Task) -> SearchResult:
                 f"{folder.path} was searched with another {what} than this task has; open it with its own "
                 "(a function that makes the task must make the same weights and data each time)"
             )
-    prepared = prepare(task, SearchSettings.of(config["search"]), folder.latency)
+    prepared = prepare(task, SearchSettings.of(config["search"]), folder)
     return SearchResult(folder, prepared, evaluator_of(prepared, folder), summary)
 
 
@@ -278,11 +278,11 @@ def uniform_at(prepared: Prepared, evaluator: Evaluator, cost: Cost) -> Candidat
 
 def predicted(folder: RunFolder, chosen: Candidate) -> dict[str, float] | None:
     """Return what the one-group curves predict for a policy, and how far the joint measurement is from it."""
-    recalibrated = chosen.at("recalibrated")
-    if recalibrated is None or not folder.sensitivity.exists():
+    first = next(iter(chosen.measurements), None)
+    if first is None or first.fidelity == "short" or not folder.sensitivity.exists():
         return None
     accuracy = SensitivityReport.load(folder.sensitivity).predicted_accuracy(chosen.removed)
-    return {"accuracy": accuracy, "gap": recalibrated.accuracy - accuracy}
+    return {"accuracy": accuracy, "gap": first.accuracy - accuracy}
 
 
 def rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNetwork:

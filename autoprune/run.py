@@ -34,6 +34,7 @@ class RunFolder:
         self.config = self.path / "config.json"
         self.sensitivity = self.path / "sensitivity.json"
         self.latency = self.path / "latency.json"
+        self.moments = self.path / "moments.safetensors"
         self.ledger = self.path / "ledger.jsonl"
         self.front = self.path / "front.json"
         self.result = self.path / "result.json"

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autoprune import registry
+from autoprune.analytic import Analytic
 from autoprune.cost import Budget, FeasibleSet, Limit, compare
 from autoprune.errors import (
     ConfigError,
     DivergedError,
-    RecalibrationWarning,
+    RecoveryWarning,
     SearchOver,
     TaskError,
 )
@@ -122,7 +123,7 @@ def search(
         "versions": _versions(),
     }
     going_on = folder.claim(config, ("digest", "measures", "search", "agent"))
-    prepared = prepare(task, options, folder.latency)
+    prepared = prepare(task, options, folder)
     evaluator = evaluator_of(prepared, folder)
     if going_on and folder.result.exists():
         summary = folder.read(folder.result)
@@ -170,8 +171,9 @@ class _Search:
         network: PrunedNetwork | None = None
         summary: dict[str, Any] = {}
         try:
-            sensitivity = self.analyse()
-            arm = self.search(agent, sensitivity, dense)
+            predicted = self.predict()
+            sensitivity = self.analyse(predicted)
+            arm = self.search(agent, sensitivity, predicted, dense)
             summary, network = self.conclude(arm, dense)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -207,17 +209,16 @@ class _Search:
             )
         self.progress.line(self._feasibility())
         started = time.monotonic()
-        model = bench.sliced({})
-        bench.recalibrate(model)
-        calibrating = time.monotonic() - started
-        recalibrated = bench.measure(model).summary("recalibrated")
-        lost = dense.accuracy - recalibrated.accuracy
+        model = bench.recovered({})
+        recovering = time.monotonic() - started
+        recovered = bench.measure(model).summary(bench.rung)
+        lost = dense.accuracy - recovered.accuracy
         if lost > _CLEAR_LOSS:
             warnings.warn(
-                f"recalibrating its batch-norms alone costs the dense network {lost * 100:.1f} points of accuracy "
-                f"({dense.accuracy:.2%} to {recalibrated.accuracy:.2%}); raise calibration_images above "
+                f"being {bench.rung} alone costs the dense network {lost * 100:.1f} points of accuracy "
+                f"({dense.accuracy:.2%} to {recovered.accuracy:.2%}); raise calibration_images above "
                 f"{self.settings.calibration_images}, and check that train is augmented as in training",
-                RecalibrationWarning,
+                RecoveryWarning,
                 stacklevel=4,
             )
         steps = self.settings.finetune_steps
@@ -228,18 +229,18 @@ class _Search:
             with contextlib.suppress(DivergedError):  # what candidates make of it is on record
                 self.evaluator.train(model, tried, self.settings.recovery.recipe, 0, {})
             training = (time.monotonic() - started) / tried * steps
-        each = calibrating + training + passing * (2 if steps else 1)
+        each = recovering + training + passing * (2 if steps else 1)
         cells = len(self.prepared.structure) * len(self.settings.sensitivity)
         count = self.settings.candidates + self.settings.control_size + 2
         self.progress.line(
-            f"at most {cells} sensitivity cells of {calibrating + passing:.1f} s and "
+            f"at most {cells} sensitivity cells of {recovering + passing:.1f} s and "
             f"{count} evaluations of {each:.1f} s: "
-            f"{_minutes(cells * (calibrating + passing) + count * each)}"
+            f"{_minutes(cells * (recovering + passing) + count * each)}"
             + ("" if self.settings.time_limit is None else f", stopped after {_minutes(self.settings.time_limit)}")
         )
         return dense
 
-    def analyse(self) -> SensitivityReport | None:
+    def analyse(self, predicted: Analytic | None) -> SensitivityReport | None:
         """Measure the groups one by one; at most half of the time limit goes into it."""
         if not self.settings.sensitivity:
             return None
@@ -251,11 +252,21 @@ class _Search:
             sparsities=self.settings.sensitivity,
             settings=self.settings.measured_with,
             evidence=self.prepared.evidence,
+            predicted=predicted,
             deadline=self._analysis_deadline(),
             progress=lambda group, done, _: self.progress.step(done, group),
         )
         self.progress.end()
         return report
+
+    def predict(self) -> Analytic | None:
+        """Return what moments predict, or None where they know nothing of any group."""
+        started = time.monotonic()
+        predicted = self.prepared.analytic()
+        if len(predicted.missing) == len(self.prepared.structure):
+            return None
+        self.progress.line(f"predicted the loss of every policy from moments in {time.monotonic() - started:.1f} s")
+        return predicted
 
     def _analysis_deadline(self) -> float | None:
         """Return when to stop measuring cells: at once where candidates are there, whose agent saw those cells."""
@@ -266,7 +277,9 @@ class _Search:
 
     # -- search ---------------------------------------------------------------------------------------------------
 
-    def search(self, agent: Any, sensitivity: SensitivityReport | None, dense: Measurement) -> Arm:
+    def search(
+        self, agent: Any, sensitivity: SensitivityReport | None, predicted: Analytic | None, dense: Measurement
+    ) -> Arm:
         """Evaluate the controls, then run the agent until its evaluations are spent."""
         several = agent.objectives == "several" or self.settings.max_drop is not None
         spend, shares = ((0.0, 1.0), (0.5, 0.75, 0.25)) if several else ((1.0, 1.0), (1.0,))
@@ -303,7 +316,7 @@ class _Search:
         feasible = self._within(sensitivity)
         space = registry.resolve("search space", self.settings.space)(feasible, spend=spend)
         environment = self._environment(
-            feasible, space, watched(arm), value, self.settings.candidates, sensitivity, shares
+            feasible, space, watched(arm), value, self.settings.candidates, sensitivity, shares, predicted
         )
         _until_over(agent, environment, derive(self.settings.seed, "agent"))
         self.progress.end()
@@ -325,6 +338,7 @@ class _Search:
         evaluations: int,
         sensitivity: SensitivityReport | None,
         shares: Sequence[float] = (1.0,),
+        predicted: Analytic | None = None,
     ) -> "PruningEnv":
         from autoprune.environment import PruningEnv, layer_facts  # loads gymnasium
 
@@ -332,8 +346,9 @@ class _Search:
         warm_starts: list[Policy] = []
         slopes: dict[str, float] = {}
         if sensitivity is not None:
-            warm_starts = [start for share in shares for start in self._warm_starts(feasible, sensitivity, share)]
             slopes = {name: sensitivity.slope(name) for name in structure.names}
+        for share in shares:
+            warm_starts += self._warm_starts(feasible, sensitivity, predicted, share)
         return PruningEnv(
             feasible,
             space,
@@ -343,17 +358,25 @@ class _Search:
             warm_starts=warm_starts,
             layers=layer_facts(self.prepared.task.model, self.prepared.task.example_input, structure),
             slopes=slopes,
+            predicted=predicted,
             worst=0.0 if self.settings.max_drop is None else -1.0,
         )
 
-    def _warm_starts(self, feasible: FeasibleSet, sensitivity: SensitivityReport, share: float) -> list[Policy]:
+    def _warm_starts(
+        self, feasible: FeasibleSet, sensitivity: SensitivityReport | None, predicted: Analytic | None, share: float
+    ) -> list[Policy]:
         """Return what the curves suggest, and uniform, at a share of the budget; nothing where it can't be reached."""
+        if sensitivity is None and predicted is None:
+            return []
         limits = feasible.budget.limits or (Limit("macs", 1.0, relative=True),)
         less = Budget(tuple(dataclasses.replace(limit, value=share * limit.value) for limit in limits))
         within = dataclasses.replace(feasible, budget=less)
         if within.utilisation(within.upper) > 1:
             return []
-        return [sensitivity.allocate(within), sensitivity.threshold(within), self._uniform(share)]
+        starts = [] if predicted is None else [predicted.allocate(within)]
+        if sensitivity is not None:
+            starts += [sensitivity.allocate(within), sensitivity.threshold(within)]
+        return [*starts, self._uniform(share)]
 
     def _value(self, dense: Measurement) -> Callable[[Candidate], float]:
         """Return what an agent with one objective is to raise.

@@ -1,15 +1,14 @@
 """The sensitivity analyzer: one group at a time, the others dense, and what its report is good for.
 
-A cell is one group at one sparsity, sliced and recalibrated but not fine-tuned. The report is an open JSON file,
-written after every cell; cells that are there are not measured again, so that a killed analysis goes on, a finer grid
-costs its new cells only, and another budget costs nothing.
+A cell is one group at one sparsity, sliced and recovered as candidates are, but not fine-tuned. The report is an open
+JSON file, written after every cell; cells that are there are not measured again, so that a killed analysis goes on, a
+finer grid costs its new cells only, and another budget costs nothing. Beside the cells it holds what moments predict.
 """
 
 import itertools
 import json
 import math
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from autoprune.cost import CostModel, FeasibleSet, Removed
+from autoprune import separable
+from autoprune.analytic import Analytic
+from autoprune.cost import CostModel, FeasibleSet
 from autoprune.errors import ConfigError, RunError
 from autoprune.evaluation import Measurement, Workbench
 from autoprune.policy import Policy
@@ -34,12 +35,12 @@ __all__ = ["SPARSITIES", "Cell", "Curve", "GroupSensitivity", "SensitivityReport
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The grid where none is asked for."""
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One group at one sparsity, all others dense, batch-norm recalibrated.
+    """One group at one sparsity, all others dense, recovered but not fine-tuned.
 
     Attributes:
         sparsity: Exactly `removed` over the group's size.
@@ -75,6 +76,8 @@ class GroupSensitivity:
         reason: Why not.
         macs_share: Share of the dense multiply-adds in the layers that it touches; neighbours overlap.
         cells: By elements removed, ascending.
+        predicted: Elements removed, and the loss that moments predict for it (see `autoprune.analytic`): the squared
+            error of the outputs of what reads the group, relative to their power, added up; empty if not known.
     """
 
     name: str
@@ -85,6 +88,7 @@ class GroupSensitivity:
     reason: str | None
     macs_share: float
     cells: tuple[Cell, ...] = ()
+    predicted: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +158,12 @@ class SensitivityReport:
             document = json.loads(path.read_text(encoding="utf-8"))
             groups = [
                 GroupSensitivity(
-                    **{**group, "layers": tuple(group["layers"]), "cells": tuple(Cell(**c) for c in group["cells"])}
+                    **{
+                        **group,
+                        "layers": tuple(group["layers"]),
+                        "cells": tuple(Cell(**c) for c in group["cells"]),
+                        "predicted": tuple((count, loss) for count, loss in group["predicted"]),
+                    }
                 )
                 for group in document["groups"]
             ]
@@ -204,7 +213,7 @@ class SensitivityReport:
         removed = np.array([0.0, *(c.removed for c in cells)])
         loss = np.maximum.accumulate([self.dense.loss, *(c.loss for c in cells)])
         drop = np.maximum.accumulate([0.0, *(self.dense.accuracy - c.accuracy for c in cells)])
-        hull = _lower_hull(removed, loss)
+        hull = separable.hull(removed, loss)
         return Curve(removed, np.interp(removed, removed[hull], loss[hull]), drop)
 
     def predicted_accuracy(self, removed: Mapping[str, int]) -> float:
@@ -230,66 +239,15 @@ class SensitivityReport:
         return result
 
     def allocate(self, feasible: FeasibleSet) -> Policy:
-        """Return the policy that meets a budget at the least predicted loss, if groups did not interact.
-
-        Greedy on convex curves with exact costs: the group that adds the least loss for what it saves goes on, in
-        steps of a sixteenth of it, until the budget is met; then single elements (of groups of thousands, a thousandth)
-        come back where they lower the loss most and the budget allows. No evaluation.
-        """
-        curves = [self.curve(group.name) for group in feasible.structure]
-        removed = feasible.lower.copy()
-        used = feasible.utilisation(removed)
-        while used > 1:
-            options: list[tuple[float, int, Removed, float]] = []
-            for index, curve in enumerate(curves):
-                group = feasible.structure.groups[index]
-                if removed[index] >= feasible.upper[index]:
-                    continue
-                trial = removed.copy()
-                step = max(1, group.size // 16, group.multiple)
-                trial[index] = min(group.nearest(int(removed[index]) + step), int(feasible.upper[index]))
-                if trial[index] <= removed[index]:  # the first step that a multiple allows is longer
-                    trial[index] = feasible.upper[index]
-                needed = feasible.utilisation(trial)
-                rise = curve.loss_at(trial[index]) - curve.loss_at(removed[index])
-                options.append((rise / (used - needed) if needed < used else np.inf, index, trial, needed))
-            _, _, removed, used = min(options, key=lambda option: option[:2])
-        while True:
-            gains: list[tuple[float, int, Removed]] = []
-            for index in np.flatnonzero(removed > feasible.lower).tolist():
-                group = feasible.structure.groups[index]
-                trial = removed.copy()
-                grain = max(group.multiple, group.size // 1024)
-                trial[index] = max(group.nearest(int(removed[index]) - grain), int(feasible.lower[index]))
-                if trial[index] >= removed[index]:
-                    trial[index] = max(int(feasible.fewer(removed)[index]), int(feasible.lower[index]))
-                if feasible.utilisation(trial) <= 1:
-                    gain = curves[index].loss_at(removed[index]) - curves[index].loss_at(trial[index])
-                    gains.append((-gain, index, trial))
-            if not gains:
-                return feasible.policy(removed)
-            removed = min(gains, key=lambda option: option[:2])[2]
+        """Return the policy of least predicted loss (see `autoprune.separable.allocate`)."""
+        return separable.allocate(feasible, self._losses(feasible))
 
     def threshold(self, feasible: FeasibleSet) -> Policy:
-        """Return the policy that removes from every group as much as costs it the same loss, to just meet a budget.
+        """Return the policy of equal predicted losses (see `autoprune.separable.threshold`)."""
+        return separable.threshold(feasible, self._losses(feasible))
 
-        One threshold for all groups, found by bisection, as FastNAS and PaddleSlim choose. No evaluation.
-        """
-        curves = [self.curve(group.name) for group in feasible.structure]
-
-        def within(rise: float) -> Removed:
-            counts = [
-                max(low, low - 1 + bisect_right(range(low, high + 1), self.dense.loss + rise, key=curve.loss_at))
-                for curve, low, high in zip(curves, feasible.lower.tolist(), feasible.upper.tolist(), strict=True)
-            ]
-            return np.array(counts, dtype=np.int64)
-
-        highest = max(curve.loss_at(high) - self.dense.loss for curve, high in zip(curves, feasible.upper, strict=True))
-        low, high = 0.0, highest
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if feasible.utilisation(within(middle)) > 1 else (low, middle)
-        return feasible.policy(feasible.project(within(high) / feasible.sizes))
+    def _losses(self, feasible: FeasibleSet) -> list[separable.Loss]:
+        return [self.curve(group.name).loss_at for group in feasible.structure]
 
 
 def analyse(
@@ -300,6 +258,7 @@ def analyse(
     sparsities: Sequence[float] = SPARSITIES,
     settings: Mapping[str, Any],
     evidence: Evidence,
+    predicted: Analytic | None = None,
     shard: tuple[int, int] = (0, 1),
     deadline: float | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
@@ -310,10 +269,11 @@ def analyse(
         bench: The network and its data.
         costs: Prices, for the groups' shares.
         path: The report's file; cells in it are not measured again.
-        sparsities: In (0, 1); each becomes a whole number of elements.
+        sparsities: In (0, 1); each becomes a whole number of elements. None, to measure nothing.
         settings: What the cells depend on besides network and data: criterion, calibration images, seed. The task's
             augmentation, metric and loss are added by name.
         evidence: Batches for the Taylor prediction.
+        predicted: What moments predict, to be kept beside the cells.
         shard: `(i, n)`: measure only every n-th cell, from the i-th; merge the files afterwards.
         deadline: Value of `time.monotonic()` after which no further cell is begun.
         progress: Called with the group, the cells done and all cells.
@@ -322,20 +282,23 @@ def analyse(
         ConfigError: A sparsity outside (0, 1), or a shard that does not exist.
         RunError: The file is of another network, other data or other settings.
     """
-    if not sparsities or not all(0 < s < 1 for s in sparsities):
+    if not all(0 < s < 1 for s in sparsities) or not (sparsities or predicted):
         raise ConfigError(f"`0 < sparsity < 1` must hold for every one to be measured, but got {list(sparsities)}")
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"a shard i/n has 1 <= i <= n, but got {shard[0] + 1}/{shard[1]}")
     digest = bench.task.digest()
     settings = conditions(bench.task, settings)
     dense = bench.measure(bench.model)
-    report = SensitivityReport(digest, settings, dense.summary("dense"), tuple(_rows(bench.structure, costs)))
+    rows = tuple(_rows(bench.structure, costs, predicted))
+    report = SensitivityReport(digest, settings, dense.summary("dense"), rows)
     if path.exists():
         loaded = SensitivityReport.load(path)
         loaded.require(digest, settings)
         report = loaded
-    with suited_threads(bench.macs):
-        taylor = taylor_scores(bench.model, bench.structure, evidence)
+    taylor: Mapping[str, torch.Tensor] = {}
+    if sparsities:
+        with suited_threads(bench.macs):
+            taylor = taylor_scores(bench.model, bench.structure, evidence)
     grid = [(g, g.count(s)) for g in bench.structure for s in sorted(set(sparsities))]
     wanted = list(dict.fromkeys((group.name, removed) for group, removed in grid if removed > 0))
     mine = list(itertools.islice(wanted, shard[0], None, shard[1]))
@@ -345,10 +308,8 @@ def analyse(
             continue
         if deadline is not None and time.monotonic() >= deadline:
             break
-        model = bench.sliced({name: removed})
-        bench.recalibrate(model)
-        samples = bench.measure(model)
-        measured = samples.summary("recalibrated")
+        samples = bench.measure(bench.recovered({name: removed}))
+        measured = samples.summary(bench.rung)
         gone = _gone(bench, name, removed, taylor[name])
         cell = Cell(
             sparsity=removed / bench.structure[name].size,
@@ -380,10 +341,11 @@ def conditions(task: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **{key: described[key] for key in ("augment", "metric", "loss")}}
 
 
-def _rows(structure: Structure, costs: CostModel) -> Iterator[GroupSensitivity]:
+def _rows(structure: Structure, costs: CostModel, predicted: Analytic | None) -> Iterator[GroupSensitivity]:
     for group in structure:
         share = costs.macs_share(group.name)
-        yield GroupSensitivity(group.name, group.kind, group.size, group.layers, True, None, share)
+        row = GroupSensitivity(group.name, group.kind, group.size, group.layers, True, None, share)
+        yield row if predicted is None else replace(row, predicted=predicted.points(group.name))
     for locked in structure.locked:
         yield GroupSensitivity(locked.name, locked.kind, locked.size, locked.layers, False, locked.reason, 0.0)
 
@@ -392,16 +354,3 @@ def _along(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any], at: float) -> float
     if at <= x[-1] or len(x) < 2:
         return float(np.interp(at, x, y))
     return float(y[-1] + (at - x[-1]) * (y[-1] - y[-2]) / (x[-1] - x[-2]))
-
-
-def _lower_hull(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> list[int]:
-    """Return the indices of the points on the lower convex hull, from the first to the last."""
-    hull: list[int] = []
-    for index in range(len(x)):
-        while len(hull) > 1:
-            (a, b), c = hull[-2:], index
-            if (y[b] - y[a]) * (x[c] - x[a]) < (y[c] - y[a]) * (x[b] - x[a]):
-                break
-            hull.pop()
-        hull.append(index)
-    return hull

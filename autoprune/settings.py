@@ -8,7 +8,7 @@ from typing import Any, Self
 from autoprune import registry
 from autoprune.cost import Budget
 from autoprune.errors import ConfigError, UnknownNameError
-from autoprune.evaluation import Recovery
+from autoprune.evaluation import RUNGS, Recovery
 from autoprune.finetuning import Recipe
 from autoprune.structure.analysis import KINDS
 from autoprune.structure.weights import WeightKind
@@ -28,9 +28,12 @@ class SearchSettings:
         candidates: Distinct policies that the agent may have evaluated.
         control: Random policies evaluated beside them as a control; None means a tenth of the candidates.
         criterion: Name of the score by which elements are ordered.
+        recover: How candidates are recovered before they are fine-tuned: "reconstructed" (layers fitted in closed form)
+            or "recalibrated" (batch-norm statistics only).
         finetune_steps: Gradient steps of short fine-tuning for every candidate.
         lr: Peak learning rate of short fine-tuning.
-        calibration_images: Augmented training images for batch-norm statistics.
+        calibration_images: Augmented training images that batch-norm statistics and fits are made from.
+        moments_memory: Bytes, in GB, that the moments of the layers' inputs may take.
         sensitivity: Sparsities at which every group is measured before the search; empty for no analysis.
         units: What may be removed: "channels", "heads", "blocks", and as zeros in place "weights", N:M patterns such as
             "2:4" and tiles such as "16x16".
@@ -53,9 +56,11 @@ class SearchSettings:
     candidates: int = 60
     control: int | None = None
     criterion: str = "l1"
+    recover: str = "reconstructed"
     finetune_steps: int = 50
-    lr: float = 0.02
+    lr: float = 0.01
     calibration_images: int = 2000
+    moments_memory: float = 2.0
     sensitivity: tuple[float, ...] = (0.25, 0.5, 0.75)
     units: tuple[str, ...] = ("channels", "heads")
     multiple: int = 1
@@ -93,14 +98,16 @@ class SearchSettings:
             raise ConfigError(
                 f"`0 < sparsity < 1` must hold for every measured sparsity, but got {list(self.sensitivity)}"
             )
-        for name in ("lr", "time_limit"):
+        if self.recover not in RUNGS:
+            raise UnknownNameError("recovery", self.recover, RUNGS)
+        for name in ("lr", "time_limit", "moments_memory"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"`{name} > 0` must hold, but got {name}={getattr(self, name)}")
 
     def _check_types(self) -> None:
-        texts = ("budget", "agent", "space", "criterion")
+        texts = ("budget", "agent", "space", "criterion", "recover")
         wholes = ("candidates", "multiple", "control", "finetune_steps", "calibration_images", "seed")
-        numbers = ("max_drop", "lr", "max_sparsity", "time_limit")
+        numbers = ("max_drop", "lr", "max_sparsity", "time_limit", "moments_memory")
         optional = ("budget", "max_drop", "control", "time_limit")
         for names, kind, word in (
             (texts, str, "text"),
@@ -140,7 +147,7 @@ class SearchSettings:
     @property
     def measured_with(self) -> dict[str, Any]:
         """What sensitivity cells depend on."""
-        names = ("criterion", "calibration_images", "seed", "units", "multiple", "normalised")
+        names = ("criterion", "recover", "calibration_images", "seed", "units", "multiple", "normalised")
         values = {name: getattr(self, name) for name in names}
         return values | {"units": list(self.units)}
 

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional
 
 from autoprune.agents.base import Agent, Objectives
+from autoprune.analytic import POWER, Analytic
 from autoprune.cost import Budget, CostModel, FeasibleSet
 from autoprune.environment import PruningEnv, layer_facts
 from autoprune.errors import ConfigError, SearchOver
@@ -176,6 +177,17 @@ class SyntheticEvaluator:
         alone = self.weights @ sparsities**self.powers
         return float(1 - alone - self.interactions @ (sparsities[1:] * sparsities[:-1]))
 
+    def predicted(self) -> Analytic:
+        """Return what moments might predict: each group's own loss, off by a factor, and no interactions."""
+        errors = np.exp(np.random.default_rng(len(self.weights)).normal(0, 0.5, len(self.weights)))
+        structure = self._feasible.structure
+        counts = {group.name: np.arange(group.size + 1.0) for group in structure}
+        losses = {
+            group.name: (weight * error * (counts[group.name] / group.size) ** power) ** (1 / POWER)
+            for group, weight, error, power in zip(structure, self.weights, errors, self.powers, strict=True)
+        }
+        return Analytic(structure, counts, losses)
+
     def optimum(self) -> Policy:
         """Return the best feasible policy, from trying all: for two or three small groups.
 
@@ -239,7 +251,13 @@ def synthetic_env(
     space = PerGroup(feasible, spend=(1.0, 1.0) if objectives == "one" else (0.0, 1.0))
     layers = layer_facts(_chain_model(widths), torch.zeros(1, 3, 8, 8), feasible.structure)
     env = PruningEnv(
-        feasible, space, evaluator, value=lambda candidate: candidate.accuracy, evaluations=evaluations, layers=layers
+        feasible,
+        space,
+        evaluator,
+        value=lambda candidate: candidate.accuracy,
+        evaluations=evaluations,
+        layers=layers,
+        predicted=evaluator.predicted(),
     )
     return env, evaluator
 
@@ -382,7 +400,14 @@ def _sequence(
         policies.append(policy)
         return change(candidate)
 
-    env = PruningEnv(synthetic.feasible, synthetic.space, evaluate, value=lambda c: c.accuracy, evaluations=evaluations)
+    env = PruningEnv(
+        synthetic.feasible,
+        synthetic.space,
+        evaluate,
+        value=lambda candidate: candidate.accuracy,
+        evaluations=evaluations,
+        predicted=synthetic.predicted,
+    )
     try:
         run_agent(agent, env, seed=seed)
     except _KeptOnError:

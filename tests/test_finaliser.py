@@ -52,7 +52,7 @@ def evaluator() -> Evaluator:
     orders = removal_orders(L1().score(model, structure, Evidence([], task.loss, 0)))
     recovery = Recovery(200, 2, Recipe(lr=0.05, batch_size=50))
     costs = CostModel(model, task.example_input, structure)
-    return Evaluator(Workbench(task, structure, orders, 200, 0), costs, recovery, Ledger(), 0)
+    return Evaluator(Workbench(task, structure, orders, 200, 0, "recalibrated"), costs, recovery, Ledger(), 0)
 
 
 @pytest.fixture

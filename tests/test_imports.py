@@ -18,11 +18,11 @@ FOLDERS = {"autoprune": "autoprune", "agents": "autoprune.agents", "search_space
 _BASE = "errors policy registry seeds threads progress run inputs"
 _TASK = "data models task"
 _NETWORK = f"{_BASE} structure cost"
-_TRAINING = f"{_NETWORK} {_TASK} scoring scheduling"
+_TRAINING = f"{_NETWORK} {_TASK} moments scoring scheduling"
 _EVALUATION = f"{_TRAINING} finetuning evaluation"
-_RESULT = (
-    f"_version {_EVALUATION} bounds settings preparation sensitivity pareto report export finaliser tracking result"
-)
+_PREDICTION = f"{_EVALUATION} separable analytic"
+_OUTPUT = "pareto report export finaliser tracking result"
+_RESULT = f"_version {_PREDICTION} bounds settings preparation sensitivity {_OUTPUT}"
 _PARTS = f"{_RESULT} environment"
 _ALL = f"{_PARTS} search search_spaces agents autoprune"
 
@@ -42,25 +42,28 @@ LAYERS = {
     "models": _BASE,
     "task": f"{_BASE} data models",
     "structure": _BASE,
+    "moments": f"{_BASE} structure",
     "cost": f"{_BASE} structure",
-    "scoring": _NETWORK,
+    "scoring": f"{_NETWORK} moments",
     "scheduling": f"{_NETWORK} {_TASK} scoring",
+    "separable": f"{_BASE} structure cost",
+    "analytic": f"{_NETWORK} moments scoring separable",
     "finetuning": _TRAINING,
     "evaluation": f"{_TRAINING} finetuning",
     "bounds": "errors structure",
     "settings": _EVALUATION,
-    "sensitivity": _EVALUATION,
-    "environment": f"{_EVALUATION} sensitivity",
+    "sensitivity": _PREDICTION,
+    "environment": f"{_PREDICTION} sensitivity",
     "pareto": "errors policy",
     "report": "errors policy pareto",
     "export": f"_version {_EVALUATION} sensitivity",
     "finaliser": f"{_EVALUATION} export",
     "tracking": f"_version {_EVALUATION} sensitivity",
-    "preparation": f"{_EVALUATION} bounds settings",
+    "preparation": f"{_PREDICTION} bounds settings",
     "result": f"{_EVALUATION} settings preparation sensitivity pareto report finaliser tracking",
     "search": _PARTS,
     "search_spaces": f"{_NETWORK} sensitivity",
-    "agents": f"{_NETWORK} evaluation sensitivity environment search_spaces",
+    "agents": f"{_NETWORK} evaluation separable analytic sensitivity environment search_spaces",
     "autoprune": f"{_PARTS} search",
     "testing": _ALL,
     "cli": _ALL,

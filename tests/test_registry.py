@@ -25,7 +25,7 @@ class TestOwnMembers:
         assert registry.resolve("criterion", "l1") is L1
 
     def test_names_are_sorted(self):
-        assert registry.names("criterion") == ["identity", "l1", "l2", "random", "taylor"]
+        assert registry.names("criterion") == ["identity", "l1", "l2", "obs", "random", "taylor"]
 
     def test_listing_imports_nothing(self, monkeypatch):
         monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} is imported"))

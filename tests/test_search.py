@@ -27,7 +27,7 @@ from autoprune.errors import (
     ConfigError,
     DivergedError,
     InfeasibleBudgetError,
-    RecalibrationWarning,
+    RecoveryWarning,
     RunError,
     TaskError,
     TestSetError,
@@ -216,7 +216,7 @@ def formula(light: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Formula],
             value = accuracy(removed, self.costs.cost(removed))
             if math.isnan(value):
                 raise DivergedError("the loss is nan at fine-tuning step 1 of 2")
-            return self.bench.sliced(removed), (Measurement("recalibrated", value, 0.01, 1 - value, 0.01),)
+            return self.bench.recovered(removed), (Measurement("reconstructed", value, 0.01, 1 - value, 0.01),)
 
         monkeypatch.setattr(Evaluator, "recovered", recovered)
 
@@ -266,6 +266,7 @@ def test_the_config_holds_everything_resolved(done: Done) -> None:
         **{"agent": "tpe", "space": "group", "max_drop": None, "criterion": "l1"},
         **{"sensitivity": [0.25, 0.5, 0.75], "max_sparsity": 0.9, "bounds": {}},
         **{"units": ["channels", "heads"], "multiple": 1, "normalised": False},
+        **{"recover": "reconstructed", "moments_memory": 2.0},
     }
     assert {"python", "torch", "optuna", "autoprune"} <= config["versions"].keys()
 
@@ -283,7 +284,7 @@ def test_a_line_of_the_ledger_for_every_candidate_in_order(done: Done) -> None:
     for line in lines:
         assert structure.removed(Policy(line["policy"])) == line["removed"]
         assert costs.cost(line["removed"]) == Cost.from_dict(line)
-        assert [m["fidelity"] for m in line["measurements"]] == ["recalibrated", "short"]
+        assert [m["fidelity"] for m in line["measurements"]] == ["reconstructed", "short"]
         assert line["macs"] <= costs.dense.macs / 2
         assert line["failure"] is None
 
@@ -362,7 +363,7 @@ def test_the_gap_between_predicted_and_joint_accuracy(done: Done) -> None:
     lost = sum(report.curve(name).drop_at(removed) for name, removed in picked["removed"].items())
     joint = next(c for c in done.result.candidates if c.id == picked["id"]).measurements[0]
     predicted = done.result.summary["predicted"]
-    assert joint.fidelity == "recalibrated"
+    assert joint.fidelity == "reconstructed"
     assert predicted["accuracy"] == pytest.approx(max(0.0, report.dense.accuracy - lost))
     assert predicted["gap"] == pytest.approx(joint.accuracy - predicted["accuracy"])
 
@@ -403,7 +404,7 @@ def test_no_sample_of_the_test_split_is_read(tmp_path: Path, light: None) -> Non
 
 
 def test_it_says_first_what_can_be_reached_and_what_it_will_cost(done: Done) -> None:
-    table, preview = done.watcher.lines
+    table, preview, predicted = done.watcher.lines
     rows = table.splitlines()
     macs = [cell.replace(",", "") for cell in rows[1].split()]
     dense = done.result.dense["macs"]
@@ -412,6 +413,7 @@ def test_it_says_first_what_can_be_reached_and_what_it_will_cost(done: Done) -> 
     assert rows[-1] == "3 groups can be pruned; locked: fc (its elements are the network's output)"
     assert preview.startswith("at most 9 sensitivity cells of ")
     assert " and 10 evaluations of " in preview
+    assert predicted.startswith("predicted the loss of every policy from moments in ")
 
 
 def test_every_cell_and_candidate_is_a_step(done: Done) -> None:
@@ -711,7 +713,7 @@ def test_a_dense_accuracy_of_zero_is_refused(tmp_path: Path) -> None:
 
 def test_a_pipeline_that_costs_the_dense_network_accuracy_is_reported(tmp_path: Path, light: None) -> None:
     shifted = make_task(augment=lambda inputs, generator: 0.1 * inputs + 3)
-    with pytest.warns(RecalibrationWarning, match=r"costs the dense network \d+\.\d points .*raise calibration_images"):
+    with pytest.warns(RecoveryWarning, match=r"costs the dense network \d+\.\d points .*raise calibration_images"):
         run(tmp_path / "run", shifted, candidates=1, control=0, sensitivity=())
 
 
@@ -823,8 +825,8 @@ def test_opening_a_run_gives_the_same_result(done: Done) -> None:
 
 def test_choosing_renews_what_lies_in_the_folder(tmp_path: Path, light: None) -> None:
     result = run(tmp_path / "run", candidates=4, sensitivity=(0.5,))
-    other = min(result.candidates, key=lambda c: c.macs)
-    assert other.id != result.summary["picked"]["id"]
+    picked = result.summary["picked"]["id"]
+    other = min((c for c in result.candidates if c.id != picked), key=lambda c: c.macs)
     result.choose(result.network(other, "the smallest"))
     written = read(tmp_path / "run" / "result.json")
     assert written["picked"]["id"] == other.id

@@ -26,7 +26,7 @@ from autoprune.scoring.l1 import L1
 from autoprune.scoring.taylor import taylor_scores
 from autoprune.sensitivity import Cell, GroupSensitivity, SensitivityReport, analyse, conditions
 from autoprune.structure import analyse as analyse_structure
-from autoprune.structure import remove
+from autoprune.structure import cut, plan
 from autoprune.task import Task, cross_entropy
 from autoprune.testing import TinyNet, TinyResNet
 from autoprune.testing import chain as chain_of_layers
@@ -122,8 +122,9 @@ def test_cells_are_what_a_computation_by_hand_gives(setup: Setup, tmp_path: Path
         assert [cell.removed for cell in report[name].cells] == [2, 4, 6]
         for cell in report[name].cells:
             order = setup.bench.orders[name][: cell.removed]
-            model = remove(dense, setup.bench.structure, {name: order})
-            recalibrate(model, setup.bench.calibration)
+            change = plan(dense, setup.bench.structure, {name: order})
+            model = cut(dense, change)
+            setup.bench.recover(model, change)
             with torch.no_grad():
                 outputs = model(val)
             correct = (outputs.argmax(1) == targets).double()
@@ -205,11 +206,11 @@ def test_the_file_is_open_json_and_reads_back(setup: Setup, tmp_path: Path) -> N
     report = setup.analyse(path)
     document = json.loads(path.read_text())
     assert list(document) == ["format", "digest", "settings", "dense", "groups"]
-    assert document["format"] == 1
+    assert document["format"] == 2
     assert document["digest"] == setup.task.digest()
     assert SETTINGS.items() <= document["settings"].items()
     assert list(document["groups"][0]) == [
-        *("name", "kind", "size", "layers", "prunable", "reason", "macs_share", "cells")
+        *("name", "kind", "size", "layers", "prunable", "reason", "macs_share", "cells", "predicted")
     ]
     assert list(document["groups"][0]["cells"][0]) == [
         *("sparsity", "removed", "accuracy", "accuracy_se", "loss", "loss_se", "drop_se", "taylor_loss")

@@ -1,7 +1,7 @@
 """`FeasibleSet`: the policies of one network that meet a budget within each group's bounds, as arithmetic on counts."""
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -204,6 +204,12 @@ class FeasibleSet:
         allowed = range(first, high + 1, multiple)
         place = bisect_left(allowed, True, key=fits)
         return (allowed[place] if place < len(allowed) else high), high
+
+    def without(self, groups: Collection[str]) -> Self:
+        """Return the set in which these groups lose as little as they may, if the budget can be met so; else this."""
+        stays = np.array([name in groups for name in self.structure.names])
+        less = replace(self, upper=np.where(stays, self.lower, self.upper))
+        return less if less.utilisation(less.upper) <= 1 else self
 
     def _refuse(self) -> None:
         for limit in self.budget.limits:

@@ -8,10 +8,13 @@ from typing import Any, Self
 from autoprune.cost import Cost
 from autoprune.policy import Policy
 
-__all__ = ["ARMS", "FIDELITIES", "Candidate", "Measurement"]
+__all__ = ["ARMS", "FIDELITIES", "RUNGS", "Candidate", "Measurement"]
 
 FIDELITIES = ("recalibrated", "reconstructed", "short", "full")
 """How far weights were recovered before they were measured, least first."""
+
+RUNGS = FIDELITIES[:2]
+"""Ways to recover without a gradient."""
 
 ARMS = ("search", "uniform", "random")
 """Why a candidate was evaluated: proposed by the agent, or as one of the two controls."""

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from autoprune.errors import DivergedError, SearchOver
 from autoprune.evaluation.candidate import Candidate, Measurement
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
-from autoprune.finetuning import Recipe, recalibrate, train
+from autoprune.finetuning import Recipe, Refit, recalibrate, train
 from autoprune.policy import Policy
 from autoprune.scoring import Orders
 from autoprune.seeds import derive
@@ -30,6 +31,9 @@ __all__ = ["TIME_LIMIT", "Arm", "Evaluator", "Recovery", "Workbench"]
 _IN_MEMORY = 2 << 30  # bytes of validation inputs that are kept ready; a larger split is read for each measurement
 TIME_LIMIT = "time limit"
 """`Arm.stopped` of an arm that ran out of time; such a search can go on."""
+_FITTED_MEMORY = 1 << 30  # bytes of activations while layers are fitted, which takes all images at once
+_MOST_FITTED, _FEWEST_FITTED = 500, 32  # images
+_FITTED_EACH, _FITTED_ROWS = 20, 10_000  # output positions of an image, of all images
 _REPEATS = 200  # proposals in a row that were all evaluated before: the agent has converged
 
 
@@ -39,7 +43,7 @@ class Recovery:
 
     Attributes:
         calibration_images: Augmented training images for the batch-norm statistics.
-        finetune_steps: Gradient steps of short fine-tuning; 0 stops at `recalibrated`.
+        finetune_steps: Gradient steps of short fine-tuning; 0 stops at the first rung.
         recipe: Of the fine-tuning.
     """
 
@@ -57,18 +61,31 @@ class Workbench:
         orders: Group name → elements, least important first (see `autoprune.scoring.removal_orders`).
         calibration_images: How many augmented training images batch-norm statistics are made from.
         seed: Of the calibration images.
+        rung: How candidates are recovered first: "recalibrated" or "reconstructed".
 
     Attributes:
         model: The dense network, in eval mode.
         macs: Its multiply-adds for one sample, which decide how many threads work (see `autoprune.threads`).
     """
 
-    def __init__(self, task: Task, structure: Structure, orders: Orders, calibration_images: int, seed: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        structure: Structure,
+        orders: Orders,
+        calibration_images: int,
+        seed: int,
+        rung: str = "reconstructed",
+    ) -> None:
         self.task = task
         self.structure = structure
         self.orders = orders
+        self.rung = rung
         self.model = task.fresh_model().eval()
-        self.macs = count(self.model, task.example_input).cost.macs
+        dense = count(self.model, task.example_input).cost
+        self.macs = dense.macs
+        self._at_once = max(_FEWEST_FITTED, min(_MOST_FITTED, _FITTED_MEMORY // max(1, dense.activations)))
+        self._seed = derive(seed, "fitted rows")
         self._spatial = task.example_input.dim() == 4
         if self._spatial:
             self.model.to(memory_format=torch.channels_last)
@@ -92,9 +109,12 @@ class Workbench:
         """The calibration batches, ready."""
         return self._calibration
 
-    def sliced(self, removed: Mapping[str, int]) -> nn.Module:
-        """Return the network without the least important elements, so many of every group."""
-        return cut(self.model, self.change(removed))
+    def recovered(self, removed: Mapping[str, int]) -> nn.Module:
+        """Return the network without the least important elements, so many of every group, recovered to `rung`."""
+        change = self.change(removed)
+        model = cut(self.model, change)
+        self.recover(model, change)
+        return model
 
     def change(self, removed: Mapping[str, int]) -> Cut:
         """Return what goes with the least important elements, so many of every group."""
@@ -105,10 +125,25 @@ class Workbench:
             removals[name] = Weakest(number, torch.as_tensor(order)) if weighs else order[:number]
         return plan(self.model, self.structure, removals)
 
-    def recalibrate(self, model: nn.Module) -> None:
-        """Make batch-norm statistics anew, in place."""
+    @cached_property
+    def _refit(self) -> Refit:
+        images = torch.cat([inputs for inputs, _ in self._calibration])[: self._at_once]
+        if self._spatial:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return Refit(self.model, images, each=max(_FITTED_EACH, _FITTED_ROWS // len(images)), seed=self._seed)
+
+    def recover(self, model: nn.Module, change: Cut) -> None:
+        """Recover a sliced network without a gradient, in place, as far as `rung` says.
+
+        Args:
+            model: What `cut` made of the dense network.
+            change: The cut.
+        """
         with suited_threads(self.macs):
-            recalibrate(model, self._calibration)
+            if self.rung == "recalibrated":
+                recalibrate(model, self._calibration)
+            else:
+                self._refit(model, change)
 
     def measure(self, model: nn.Module) -> Samples:
         """Measure a network on the validation split."""
@@ -180,9 +215,8 @@ class Evaluator:
             DivergedError: The loss is not finite while fine-tuning.
         """
         removed = self.bench.structure.removed(policy)
-        model = self.bench.sliced(removed)
-        self.bench.recalibrate(model)
-        measurements = [self.bench.measure(model).summary("recalibrated")]
+        model = self.bench.recovered(removed)
+        measurements = [self.bench.measure(model).summary(self.bench.rung)]
         steps = self.recovery.finetune_steps
         if steps > 0 and math.isfinite(measurements[0].loss):
             self.train(model, steps, self.recovery.recipe, derive(self.seed, "fine-tuning", policy.id), removed)

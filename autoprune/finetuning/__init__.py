@@ -1,6 +1,7 @@
 """How weights recover from slicing: one file a method, the training loop among them."""
 
 from autoprune.finetuning.recalibrate import recalibrate
+from autoprune.finetuning.reconstruct import Refit, reconstruct
 from autoprune.finetuning.train import Recipe, train
 
-__all__ = ["Recipe", "recalibrate", "train"]
+__all__ = ["Recipe", "Refit", "recalibrate", "reconstruct", "train"]

@@ -29,7 +29,7 @@ class Recipe:
         batch_size: Samples a step.
     """
 
-    lr: float = 0.02
+    lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.2

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from autoprune.moments import Moments, readers_of
 from autoprune.structure import Group, Slice, Structure
 
 __all__ = ["Criterion", "Evidence", "Orders", "Scores", "per_element", "removal_orders", "sum_of_weights"]
@@ -26,11 +27,19 @@ class Evidence:
         batches: Augmented training batches `(inputs, targets)`.
         loss: Per-sample loss, `(outputs, targets) -> (n,)`.
         seed: Randomness, for criteria that use any.
+        known: Moments of the network's layers, where they have been collected already.
     """
 
     batches: Sequence[tuple[torch.Tensor, torch.Tensor]]
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     seed: int
+    known: Callable[[], Moments] | None = None
+
+    def moments(self, model: nn.Module, structure: Structure) -> Moments:
+        """Return second moments of what the readers of all groups read."""
+        if self.known is not None:
+            return self.known()
+        return Moments.collect(model, self.batches, readers_of(structure), seed=self.seed)
 
 
 class Criterion(Protocol):

@@ -14,9 +14,11 @@ from torch import nn
 
 from autoprune.cost import count
 from autoprune.errors import PolicyError, SearchOver
-from autoprune.evaluation import Arm, Candidate, Evaluator, Ledger, Recovery, measure
-from autoprune.finetuning import Recipe
+from autoprune.evaluation import RUNGS, Arm, Candidate, Evaluator, Ledger, Recovery, measure
+from autoprune.finetuning import Recipe, Refit, recalibrate
 from autoprune.policy import Policy
+from autoprune.seeds import derive
+from autoprune.structure import cut
 from autoprune.task import Task, cross_entropy, top1
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -53,8 +55,10 @@ class Counted:
 def test_nothing_removed_is_the_dense_network(task: Task, make_evaluator: Make) -> None:
     bench = make_evaluator(task).bench
     inputs = next(task.val_batches(20))[0]
-    torch.testing.assert_close(bench.sliced({})(inputs), task.model.eval()(inputs))
-    torch.testing.assert_close(bench.sliced(dict.fromkeys(bench.structure.names, 0))(inputs), task.model(inputs))
+    torch.testing.assert_close(cut(bench.model, bench.change({}))(inputs), task.model.eval()(inputs))
+    torch.testing.assert_close(
+        cut(bench.model, bench.change(dict.fromkeys(bench.structure.names, 0)))(inputs), task.model(inputs)
+    )
     direct = measure(task.model, task.val_batches(7), top1, cross_entropy)
     torch.testing.assert_close(bench.measure(bench.model).losses, direct.losses, rtol=1e-4, atol=1e-5)
 
@@ -66,7 +70,7 @@ def test_slicing_removes_the_least_important_first(task: Task, make_evaluator: M
     state = task.model.state_dict()
     norms = state["conv1.weight"].abs().sum((1, 2, 3)) + state["conv2.weight"].abs().sum((0, 2, 3))
     kept = sorted(norms.argsort()[3:].tolist())
-    sliced = bench.sliced({"conv1": 3}).state_dict()
+    sliced = cut(bench.model, bench.change({"conv1": 3})).state_dict()
     assert torch.equal(sliced["conv1.weight"], state["conv1.weight"][kept])
     assert torch.equal(sliced["conv2.weight"], state["conv2.weight"][:, kept])
 
@@ -100,7 +104,7 @@ def test_a_candidate_states_what_was_removed_what_it_costs_and_how_far_it_was_re
     assert candidate.policy == Policy({"conv1": 4 / 8, "conv2": 2 / 8})
     assert candidate.id == candidate.policy.id
     assert (candidate.number, candidate.arm, candidate.agent) == (0, "search", "tpe")
-    assert [m.fidelity for m in candidate.measurements] == ["recalibrated", "short"]
+    assert [m.fidelity for m in candidate.measurements] == ["reconstructed", "short"]
     assert candidate.failure is None
     assert candidate.seconds > 0
     built, measurements = evaluator.recovered(candidate.policy)
@@ -109,20 +113,42 @@ def test_a_candidate_states_what_was_removed_what_it_costs_and_how_far_it_was_re
     assert not built.training
 
 
-def test_the_rungs_are_what_slicing_recalibrating_and_training_by_hand_give(task: Task, make_evaluator: Make) -> None:
+@pytest.mark.parametrize("rung", RUNGS)
+def test_the_rungs_are_what_slicing_recovering_and_training_by_hand_give(
+    task: Task, make_evaluator: Make, rung: str
+) -> None:
     evaluator = make_evaluator(task)
+    bench = evaluator.bench
+    bench.rung = rung
     candidate = evaluate(evaluator, HALF)
-    model = evaluator.bench.sliced({"conv1": 4, "conv2": 2})
-    evaluator.bench.recalibrate(model)
-    assert evaluator.bench.measure(model).summary("recalibrated") == candidate.at("recalibrated")
+    change = bench.change({"conv1": 4, "conv2": 2})
+    model = cut(bench.model, change)
+    if rung == "recalibrated":
+        recalibrate(model, bench.calibration)
+    else:
+        images = torch.cat([inputs for inputs, _ in bench.calibration]).contiguous(memory_format=torch.channels_last)
+        Refit(bench.model, images, each=50, seed=derive(0, "fitted rows"))(model, change)
+    assert bench.measure(model).summary(rung) == candidate.at(rung)
     before = copy.deepcopy(model.state_dict())
     network, _ = evaluator.recovered(HALF)
     assert any(not torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
-def test_without_steps_it_stops_at_recalibrated(task: Task, make_evaluator: Make) -> None:
+def test_reconstructing_is_nearer_to_the_dense_network_than_recalibrating(task: Task, make_evaluator: Make) -> None:
+    evaluator = make_evaluator(task)
+    inputs = next(iter(task.val_batches(100)))[0]
+    errors = []
+    with torch.no_grad():
+        dense = evaluator.bench.model(inputs)
+        for rung in RUNGS:
+            evaluator.bench.rung = rung
+            errors.append(float((evaluator.bench.recovered({"conv1": 4, "conv2": 4})(inputs) - dense).square().mean()))
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_without_steps_it_stops_at_the_first_rung(task: Task, make_evaluator: Make) -> None:
     candidate = evaluate(make_evaluator(task, Recovery(200, 0)), HALF)
-    assert candidate.fidelity == "recalibrated"
+    assert candidate.fidelity == "reconstructed"
     assert len(candidate.measurements) == 1
 
 
@@ -199,7 +225,7 @@ def test_a_validation_loss_that_is_not_finite_is_recorded(
     task: Task, make_evaluator: Make, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
     evaluator = make_evaluator(task, Recovery(200, steps))
-    real = evaluator.bench.sliced
+    real = evaluator.bench.recovered
 
     def poisoned(removed: Mapping[str, int]) -> nn.Module:
         model = real(removed)
@@ -207,7 +233,7 @@ def test_a_validation_loss_that_is_not_finite_is_recorded(
             model.get_parameter("fc.bias").data[0] = math.nan
         return model
 
-    monkeypatch.setattr(evaluator.bench, "sliced", poisoned)
+    monkeypatch.setattr(evaluator.bench, "recovered", poisoned)
     failed = evaluate(evaluator, HALF)
     assert failed.failure == "the validation loss is nan"
     assert (failed.fidelity, failed.measurements) == ("none", ())

@@ -1,0 +1,216 @@
+"""Recovery in closed form: the weights that stay make up for those that went, by least squares and without a gradient.
+
+Two ways, one without data and one with a single pass of it:
+
+- `reconstruct` solves each layer for itself from cached moments of the dense network (see `autoprune.moments`). It
+  takes milliseconds, and knows nothing of what layers before have lost.
+- `Refit` runs the smaller network once; each layer, as its turn comes, is fitted to the dense layer's outputs from what
+  really reaches it, and batch-norm takes its statistics in passing, so that later layers make up for earlier ones.
+
+Channel Pruning (He et al. 2017, https://arxiv.org/abs/1707.06168, eq. 1 and section 3.2) fits layers so, one after
+another; here all are fitted within one forward pass, and layers that lost nothing themselves are fitted too.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from autoprune.moments import LayerMoments, Moments, Picks, Use, Watch
+from autoprune.moments.reading import in_eval_mode
+from autoprune.moments.solve import kept_from_rows, kept_weights, regularised
+from autoprune.structure import Cut
+from autoprune.structure.heads import FewerHeadsAttention
+from autoprune.structure.trace import plain_attention
+
+__all__ = ["Refit", "reconstruct"]
+
+
+@torch.no_grad()
+def reconstruct(dense: nn.Module, smaller: nn.Module, change: Cut, moments: Moments) -> None:
+    """Give the layers of a smaller network that lost inputs the weights that make up best for them, in place.
+
+    A bias takes over the mean of what went; where there is none but batch-norm follows, its running mean does. And its
+    running variance becomes that of the outputs that are left, so that a network of such layers needs no recalibration.
+
+    Args:
+        dense: The network that was cut.
+        smaller: What `cut` made of it.
+        change: The cut.
+        moments: Of the dense network's layers; those that are not there stay as they are sliced.
+    """
+    before, after = dict(dense.named_parameters()), dict(smaller.named_parameters())
+    for name, layer in moments.items():
+        kept = change.kept.get(name, {})
+        if layer.input_dim in kept and name in after and name not in change.zeroed:
+            _solve(layer, before, after, kept, dense, smaller)
+
+
+def _solve(
+    layer: LayerMoments,
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+    kept: Mapping[int, torch.Tensor],
+    dense: nn.Module,
+    smaller: nn.Module,
+) -> None:
+    weight = layer.matrix(before[layer.weight])
+    groups, outputs, width = weight.shape
+    inputs = kept[layer.input_dim]
+    kernel = width // before[layer.weight].shape[layer.input_dim]
+    columns = (inputs[:, None] * kernel + torch.arange(kernel)).flatten().to(weight.device)
+    rows = kept.get(1 - layer.input_dim, torch.arange(groups * outputs))
+    parts, shifts, spreads = [], [], []
+    for group in range(groups):
+        mine = (rows[(rows >= group * outputs) & (rows < (group + 1) * outputs)] - group * outputs).to(weight.device)
+        if not len(mine):
+            continue
+        whole, mean = weight[group, mine].double(), layer.mean[group].double()
+        if layer.second is None:
+            samples = layer.centred_samples(group)
+            left = kept_from_rows(whole, samples, columns)
+            change = (left @ samples[:, columns].T).square().mean(1) - (whole @ samples.T).square().mean(1)
+        else:
+            second = layer.bare_moments(group)
+            left = kept_weights(whole, layer.moments(group), columns)
+            small = second[columns][:, columns]
+            change = ((left @ small) * left).sum(1) - ((whole @ second) * whole).sum(1)
+        parts.append(left)
+        shifts.append(left @ mean[columns] - whole @ mean)
+        spreads.append(change)
+    solved, shift, spread = torch.cat(parts), torch.cat(shifts), torch.cat(spreads)
+    target = after[layer.weight]
+    target.copy_((solved.T if layer.input_dim == 0 else solved).reshape(target.shape))
+    if layer.bias is not None:
+        after[layer.bias].sub_(shift.to(after[layer.bias].dtype))
+    if layer.norm is not None:
+        running_var = smaller.get_buffer(f"{layer.norm}.running_var")
+        running_var.copy_(torch.maximum(running_var + spread, 0.01 * running_var))
+        if layer.bias is None:
+            running_mean = smaller.get_buffer(f"{layer.norm}.running_mean")
+            running_mean.add_(shift.to(running_mean.dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Target:
+    """What a dense layer gives: `outputs` `(rows, outputs)` at `picks`, for inputs and outputs of these sizes."""
+
+    picks: Picks
+    outputs: torch.Tensor
+    places: tuple[int, ...]
+    first: int
+    centred: bool
+
+
+class Refit:
+    """Fits the layers of smaller networks to what the dense network's give, each in one pass.
+
+    Args:
+        model: The dense network; it runs in eval mode, and its mode is restored.
+        inputs: `(images, ...)`, augmented as in training; one batch.
+        each: Rows (output positions, tokens) that are fitted, for every image.
+        seed: Of the rows.
+    """
+
+    def __init__(self, model: nn.Module, inputs: torch.Tensor, *, each: int = 10, seed: int = 0) -> None:
+        self._inputs = inputs
+        self._each = each
+        self._targets: dict[str, _Target] = {}
+        self._twice: set[str] = set()
+        self._generator = torch.Generator().manual_seed(seed)
+        watch = Watch(model, after=self._note)
+        with torch.no_grad(), in_eval_mode(model), _attention_alike(model), watch:
+            model(inputs)
+        for name in self._twice:
+            del self._targets[name]
+        self._norms = watch.norms
+
+    def _note(self, use: Use, result: torch.Tensor) -> None:
+        if use.weight in self._targets or use.weight in self._twice:
+            self._twice.add(use.weight)
+            return
+        picks = use.picks(len(self._inputs), self._each, self._generator)
+        outputs = use.outputs(result, picks)
+        places = use.places if use.kernel else ()
+        self._targets[use.weight] = _Target(picks, outputs, places, len(use.inputs), use.bias is not None)
+
+    @torch.no_grad()
+    def __call__(self, smaller: nn.Module, change: Cut) -> None:
+        """Fit a smaller network's layers and take its batch-norms' statistics, in place.
+
+        Layers whose weights run twice, or keep zeros in place, stay as they are.
+
+        Args:
+            smaller: What `cut` made of the dense network; its mode is restored.
+            change: The cut.
+        """
+        parameters = dict(smaller.named_parameters())
+
+        def fit(use: Use) -> None:
+            target = self._targets.get(use.weight)
+            if target is None or use.weight in change.zeroed:
+                return
+            if target.places == (use.places if use.kernel else ()) and target.first == len(use.inputs):
+                self._fit(use, target, parameters, change.kept.get(use.weight, {}))
+
+        norms = [m for m in smaller.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [norm for norm in norms if norm.track_running_stats]
+        norms = norms if len(self._inputs) > 1 else []  # one sample has no variance
+        momenta = [norm.momentum for norm in norms]
+        with in_eval_mode(smaller), _attention_alike(smaller), Watch(smaller, before=fit):
+            for norm in norms:
+                norm.train()
+                norm.momentum = 1.0
+            smaller(self._inputs)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+    def _fit(
+        self,
+        use: Use,
+        target: _Target,
+        parameters: Mapping[str, torch.Tensor],
+        kept: Mapping[int, torch.Tensor],
+    ) -> None:
+        weight = parameters[use.weight]
+        there = as_rows(use.rows(target.picks))
+        wanted = target.outputs
+        if 1 - use.input_dim in kept:
+            wanted = wanted[:, kept[1 - use.input_dim].to(wanted.device)]
+        groups, rows, width = there.shape
+        wanted = as_rows(wanted).reshape(rows, groups, -1).transpose(0, 1)
+        old = as_rows(weight.T if use.input_dim == 0 else weight.flatten(1)).reshape(groups, -1, width)
+        missing = wanted - there @ old.transpose(1, 2)
+        mean, shift = there.mean(1, keepdim=True), missing.mean(1, keepdim=True)
+        if use.bias is not None or use.weight in self._norms:
+            there, missing = there - mean, missing - shift
+        second = regularised(there.transpose(1, 2) @ there / rows, rows)
+        cross = (there.transpose(1, 2) @ missing / rows).double()
+        more = torch.cholesky_solve(cross, torch.linalg.cholesky(second)).transpose(1, 2)
+        new = (old.double() + more).flatten(0, 1)
+        weight.copy_((new.T if use.input_dim == 0 else new).reshape(weight.shape))
+        if use.bias is not None:
+            level = shift.double() - mean.double() @ more.transpose(1, 2)
+            bias = parameters[use.bias]
+            bias.copy_(level.flatten())
+
+
+@contextmanager
+def _attention_alike(model: nn.Module) -> Iterator[None]:
+    """Let attention run as matrix products, whose rows come in the same order with all heads as with fewer."""
+    modules = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
+    try:
+        for module in modules:
+            module.__class__ = FewerHeadsAttention
+        with plain_attention():
+            yield
+    finally:
+        for module in modules:
+            module.__class__ = nn.MultiheadAttention
+
+
+def as_rows(values: torch.Tensor) -> torch.Tensor:
+    """Return at least single precision."""
+    return values if values.dtype == torch.float64 else values.float()

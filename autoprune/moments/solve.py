@@ -1,0 +1,198 @@
+"""The arithmetic of recovery: what is left of a linear map when some of its inputs go, and which go best.
+
+A layer computes W x. With the second moments H = E[x xᵀ] + λ I of what it reads, the loss of keeping only the inputs S
+is tr((V − W) H (V − W)ᵀ), least for V = W_S + W_R H_RS (H_SS)⁻¹, where R is what goes: ridge regression pulled towards
+the dense weights. The least loss is tr(W_R ((H⁻¹)_RR)⁻¹ W_Rᵀ), the block form of Optimal Brain Surgeon (Hassibi & Stork
+1993; for groups of weights Frantar & Alistarh 2022, https://arxiv.org/abs/2208.11580, eq. 3 and 4).
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+__all__ = [
+    "FLOOR",
+    "Elimination",
+    "Eliminator",
+    "kept_from_rows",
+    "kept_weights",
+    "losses",
+    "regularised",
+    "removal_order",
+    "shrinkage",
+]
+
+FLOOR = 1e-3
+"""Least ridge, relative to the mean of the moments' diagonal."""
+
+
+def shrinkage(second: torch.Tensor, rows: int, size: int | None = None) -> torch.Tensor:
+    """Return the ridge for moments that were estimated from so many rows, relative to the mean of their diagonal.
+
+    Oracle approximating shrinkage (Chen et al. 2010, https://arxiv.org/abs/0907.4698, eq. 23): with its intensity r the
+    best estimate is (1 − r) H + r tr(H)/d I, that is a ridge of r/(1 − r) of the mean of the diagonal. Few rows or even
+    moments give more. `FLOOR` at least, since the rows of one image are alike, and at most 1.
+
+    Args:
+        second: `(..., d, d)`, symmetric.
+        rows: How many rows it is the mean of.
+        size: d, where `second` is X Xᵀ / rows in place of Xᵀ X / rows, which has the same eigenvalues but for zeros.
+
+    Returns:
+        `(...)`.
+    """
+    size = second.shape[-1] if size is None else size
+    trace, squares = second.diagonal(dim1=-2, dim2=-1).sum(-1), second.square().sum((-2, -1))
+    above = (1 - 2 / size) * squares + trace**2
+    below = (rows + 1 - 2 / size) * (squares - trace**2 / size)
+    intensity = torch.where(above < below, above / below, 0.5)  # one half is a ridge of 1
+    return (intensity / (1 - intensity)).clamp(FLOOR, 1.0)
+
+
+def regularised(second: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return `(..., d, d)` float64 moments with their ridge; the identity where they are all zero."""
+    second = second.double()
+    mean = second.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = torch.where(mean > 0, shrinkage(second, rows) * mean, 1.0)
+    return second + ridge[..., None, None] * torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
+
+
+def kept_from_rows(weight: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return what `kept_weights` gives for the rows' moments with their ridge, in as many unknowns as there are rows.
+
+    Args:
+        weight: `(outputs, d)`.
+        rows: `(n, d)`, with mean 0 where that is made up for.
+        kept: `(k,)` columns that stay.
+
+    Returns:
+        `(outputs, k)` float64.
+    """
+    weight, rows = weight.double(), rows.double()
+    count, size = rows.shape
+    gone = torch.ones(size, dtype=torch.bool, device=rows.device)
+    gone[kept] = False
+    there, lost = rows[:, kept], rows[:, gone] @ weight[:, gone].T
+    products = rows @ rows.T / count
+    mean = products.diagonal().sum() / size
+    ridge = torch.where(mean > 0, shrinkage(products, count, size) * mean, 1.0)
+    inner = there @ there.T / count + ridge * torch.eye(count, dtype=rows.dtype, device=rows.device)
+    solved = torch.cholesky_solve(lost / count, torch.linalg.cholesky(inner))
+    return weight[:, kept] + solved.T @ there
+
+
+def kept_weights(weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return the weights of the kept inputs that make up best for those that go.
+
+    Args:
+        weight: `(outputs, d)`.
+        second: `(d, d)`, with its ridge.
+        kept: `(k,)` columns that stay.
+
+    Returns:
+        `(outputs, k)` float64.
+    """
+    weight = weight.double()
+    stays = torch.zeros(len(second), dtype=torch.bool, device=second.device)
+    stays[kept] = True
+    gone = (~stays).nonzero()[:, 0]
+    factor = torch.linalg.cholesky(second[kept][:, kept])
+    lost = weight[:, gone] @ second[gone][:, kept]
+    return weight[:, kept] + torch.cholesky_solve(lost.T, factor).T
+
+
+def losses(weight: torch.Tensor, inverse: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return the least loss after each of a sequence of removals, from one factorisation.
+
+    With the columns in the order of removal and L Lᵀ = (H⁻¹) restricted to them, the loss after the first r columns is
+    ‖W_R L_RR⁻ᵀ‖², and L_RR is the leading block of L whatever r is.
+
+    Args:
+        weight: `(outputs, d)`.
+        inverse: `(d, d)`, H⁻¹.
+        order: `(steps, b)` columns that go at each step.
+
+    Returns:
+        `(steps + 1,)` float64, from 0, never falling.
+    """
+    columns = order.flatten()
+    factor = torch.linalg.cholesky(inverse[columns][:, columns])
+    parts = torch.linalg.solve_triangular(factor, weight[:, columns].double().T, upper=False)
+    gains = parts.square().sum(1).reshape(order.shape).sum(1)
+    return torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+
+
+class Elimination(Protocol):
+    """One reader of a group while its elements go."""
+
+    def costs(self, left: torch.Tensor) -> torch.Tensor:
+        """Return the loss that each of the elements left adds if it goes next, `(left,)`."""
+        ...
+
+    def remove(self, elements: torch.Tensor) -> None:
+        """Take elements away."""
+        ...
+
+
+class Eliminator:
+    """One reader of a group while its elements go, one after another.
+
+    Args:
+        weight: `(outputs, d)`.
+        inverse: `(d, d)`, H⁻¹.
+        columns: `(elements, b)`: what each element is to the reader.
+    """
+
+    def __init__(self, weight: torch.Tensor, inverse: torch.Tensor, columns: torch.Tensor) -> None:
+        self._weight, self._inverse = weight.double().clone(), inverse.clone()
+        self._columns = columns
+
+    def costs(self, left: torch.Tensor) -> torch.Tensor:
+        """Return the loss that each of the elements left adds if it goes next: w ((H⁻¹)_cc)⁻¹ wᵀ, `(left,)`."""
+        columns = self._columns[left]
+        blocks = self._inverse[columns[:, :, None], columns[:, None, :]]
+        weights = self._weight[:, columns].transpose(0, 1)  # (left, outputs, b)
+        solved = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), weights.transpose(1, 2), upper=False)
+        costs: torch.Tensor = solved.square().sum((1, 2))
+        return costs
+
+    def remove(self, elements: torch.Tensor) -> None:
+        """Take elements away, and let what is left make up for them."""
+        columns = self._columns[elements].flatten()
+        rows = self._inverse[columns]
+        factor = torch.linalg.cholesky(rows[:, columns])
+        solved = torch.cholesky_solve(rows, factor)
+        self._weight -= self._weight[:, columns] @ solved
+        self._inverse -= rows.T @ solved
+        # What is gone has nothing to say any more; rounding must not bring it back.
+        self._weight[:, columns] = 0.0
+        self._inverse[columns] = 0.0
+        self._inverse[:, columns] = 0.0
+
+
+def removal_order(readers: Sequence[Elimination], size: int, steps: int = 64) -> torch.Tensor:
+    """Return a group's elements, least important first: Optimal Brain Surgeon over all its readers at once.
+
+    At every step the element goes whose removal adds least to the sum of the readers' losses, after the best
+    compensation, and the others' weights make up for it; of groups of more than `steps` several go at each step.
+
+    Args:
+        readers: The layers that read the group; used up.
+        size: Elements in the group.
+        steps: Into how many steps a large group's removal is cut, at least.
+    """
+    left = torch.arange(size)
+    order: list[torch.Tensor] = []
+    while len(left):
+        costs = torch.stack([reader.costs(left).cpu() for reader in readers]).sum(0)
+        ranks = torch.argsort(costs, stable=True)[: max(1, size // steps)]
+        going = left[ranks]
+        order.append(going)
+        stays = torch.ones(len(left), dtype=torch.bool)
+        stays[ranks] = False
+        left = left[stays]
+        if len(left):
+            for reader in readers:
+                reader.remove(going)
+    return torch.cat(order)

@@ -1,0 +1,286 @@
+"""How well recovery without training tells policies apart, and how far it gets, on CIFAR-10 and Fashion-MNIST.
+
+    python benchmarks/closed_form.py rank  --data-root DIR --weights FILE --out rank.jsonl
+    python benchmarks/closed_form.py table --data-root DIR --weights FILE --out table.jsonl
+
+`rank`: random policies at equal cost (half of the MACs) and at mixed costs (30 to 90 %), each measured at every rung:
+what the moments predict without evaluating; sliced; recalibrated; reconstructed from cached moments, without and with
+recalibration; reconstructed in one pass (the rung `reconstructed`); and from there after 20, 50 and 200 steps of
+fine-tuning. Kendall's tau of each rung with the last, with a bootstrap interval of 95 %, over all policies and over the
+better half of them, and the seconds that a rung takes after what is made once.
+
+`table`: uniform, the policy of least predicted loss (nothing evaluated) and the one of least measured loss (three cells
+a group), with elements in L1 and in OBS order, at half of the MACs, at the same rungs, for several seeds.
+
+Accuracies are on 5,000 test images, which take no part in anything else: checkpoints have seen all training images.
+Lines that the file holds are not measured again.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import kendalltau
+
+import autoprune as ap
+from autoprune import data, models
+from autoprune.cost import Budget
+from autoprune.evaluation import Evaluator, Ledger
+from autoprune.finetuning import Recipe, recalibrate, reconstruct
+from autoprune.policy import Policy
+from autoprune.preparation import Prepared, prepare
+from autoprune.search_spaces.per_group import PerGroup
+from autoprune.seeds import derive
+from autoprune.sensitivity import analyse as analyse_sensitivity
+from autoprune.settings import SearchSettings
+from autoprune.structure import Cut, cut
+from autoprune.threads import suited_threads
+
+STEPS = (20, 50, 200)
+RUNGS = ("sliced", "recalibrated", "cached", "cached_recalibrated", "reconstructed", *(f"steps_{n}" for n in STEPS))
+NAMES = {
+    "predicted": "predicted loss, nothing evaluated",
+    "predicted_1": "the same, exponent 1",
+    "sliced": "sliced",
+    "recalibrated": "recalibrated",
+    "cached": "reconstructed from cached moments",
+    "cached_recalibrated": "the same, recalibrated",
+    "reconstructed": "reconstructed in one pass",
+    **{f"steps_{n}": f"{n} steps from there" for n in STEPS},
+}
+
+
+class Bench:
+    """A prepared task, and what every policy of it goes through."""
+
+    def __init__(self, options: argparse.Namespace, criterion: str = "l1", seed: int = 0) -> None:
+        source = data.load(options.data, options.data_root)
+        shape = {"in_channels": source.in_channels, "input_size": source.input_size}
+        model = models.build(options.network, num_classes=source.num_classes, **shape)
+        models.load_weights(model, options.weights)
+        images = data.subset(source.test, torch.arange(options.images))
+        task = ap.Task(model, train=source.train, val=images, augment=source.augment)
+        settings = SearchSettings(budget=options.budget, criterion=criterion, seed=seed)
+        started = time.perf_counter()
+        self.prepared: Prepared = prepare(task, settings)
+        self.moments = self.prepared.evidence.moments(self.prepared.bench.model, self.prepared.structure)
+        self.analytic = self.prepared.analytic()
+        self.once = time.perf_counter() - started
+        self.evaluator = Evaluator(
+            self.prepared.bench, self.prepared.costs, settings.recovery, Ledger(), derive(seed, "benchmark")
+        )
+        self.prepared.bench.recovered({})  # makes what is made once
+
+    def accuracy(self, model: torch.nn.Module) -> float:
+        """Return the accuracy on the images."""
+        return self.prepared.bench.measure(model).summary("").accuracy
+
+    def measure(self, policy: Policy, steps: Sequence[int] = STEPS) -> dict[str, Any]:
+        """Return accuracies and seconds of a policy at every rung."""
+        bench = self.prepared.bench
+        removed = bench.structure.removed(policy)
+        change = bench.change(removed)
+        counts = np.array([removed[name] for name in bench.structure.names])
+        row: dict[str, Any] = {"seconds": {}}
+
+        def timed(rung: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+            started = time.perf_counter()
+            model = build()
+            row["seconds"][rung] = time.perf_counter() - started
+            row[rung] = self.accuracy(model)
+            return model
+
+        started = time.perf_counter()
+        row["predicted"] = -float(self.analytic.predict(counts))
+        row["seconds"]["predicted"] = time.perf_counter() - started
+        row["predicted_1"] = -float(self.analytic.predict(counts, power=1.0))
+        timed("sliced", lambda: cut(bench.model, change))
+        timed("recalibrated", lambda: self._recalibrated(cut(bench.model, change)))
+        cached = timed("cached", lambda: self._cached(change))
+        timed("cached_recalibrated", lambda: self._recalibrated(cached))
+        fitted = timed("reconstructed", lambda: bench.recovered(removed))
+        for number in steps:
+            timed(f"steps_{number}", lambda number=number: self._trained(fitted, number, policy, removed))
+        started = time.perf_counter()
+        self.accuracy(fitted)
+        row["seconds"]["measuring"] = time.perf_counter() - started
+        return row
+
+    def _recalibrated(self, model: torch.nn.Module) -> torch.nn.Module:
+        with suited_threads(self.prepared.bench.macs):
+            recalibrate(model, self.prepared.bench.calibration)
+        return model
+
+    def _cached(self, change: Any) -> torch.nn.Module:
+        model = cut(self.prepared.bench.model, change)
+        reconstruct(self.prepared.bench.model, model, change, self.moments)
+        return model
+
+    def _trained(self, model: torch.nn.Module, steps: int, policy: Policy, removed: Any) -> torch.nn.Module:
+        copied = cut(model, Cut())
+        self.evaluator.train(copied, steps, Recipe(), derive(self.evaluator.seed, policy.id, steps), removed)
+        return copied
+
+
+# -- rank -------------------------------------------------------------------------------------------------------------
+
+
+def policies(prepared: Prepared, number: int) -> Iterator[tuple[str, Policy]]:
+    """Yield random policies: at the budget, and at mixed costs."""
+    rng = np.random.default_rng(0)
+    space = PerGroup(prepared.feasible, spend=(1.0, 1.0))
+    for _ in range(number):
+        yield "equal", space.decode(rng.random(len(space.dimensions)))
+    for _ in range(number):
+        budget = Budget.parse(f"macs<={rng.uniform(30, 90):.1f}%")
+        feasible = dataclasses.replace(prepared.feasible, budget=budget)
+        space = PerGroup(feasible, spend=(1.0, 1.0))
+        yield "mixed", space.decode(rng.random(len(space.dimensions)))
+
+
+def rank(options: argparse.Namespace) -> None:
+    """Measure random policies, and print how the rungs rank them."""
+    rows = _lines(options.out)
+    if not options.show:
+        bench = Bench(options)
+        for kind, policy in policies(bench.prepared, options.policies):
+            if any(row["id"] == policy.id and row["kind"] == kind for row in rows):
+                continue
+            cost = bench.prepared.costs.cost(bench.prepared.structure.removed(policy)).macs
+            share = cost / bench.prepared.costs.dense.macs
+            row = {"kind": kind, "id": policy.id, "macs": share, **bench.measure(policy)}
+            rows.append(row)
+            _append(options.out, row)
+    for kind in ("equal", "mixed"):
+        chosen = [row for row in rows if row["kind"] == kind]
+        if len(chosen) > 3:
+            print(f"\n{len(chosen)} policies at {kind} cost\n")
+            print(rank_table(chosen))
+
+
+def rank_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return Kendall's tau of each rung with the last one as a Markdown table."""
+    last = np.array([row[f"steps_{STEPS[-1]}"] for row in rows])
+    better = last >= np.median(last)
+    lines = [
+        "| what is known of a policy | tau, all | tau, better half | accuracy, mean | seconds a policy |",
+        "|---|---|---|---|---|",
+    ]
+    measuring = float(np.median([row["seconds"]["measuring"] for row in rows]))
+    for rung, name in NAMES.items():
+        values = np.array([row[rung] for row in rows])
+        predicted = rung.startswith("predicted")
+        seconds = float(np.median([row["seconds"].get(rung, row["seconds"]["predicted"]) for row in rows]))
+        spent = f"{seconds:.1e}" if predicted else f"{seconds:.2f} + {measuring:.2f}"
+        taus = [_tau(values, last), _tau(values[better], last[better])]
+        texts = ["" if rung == f"steps_{STEPS[-1]}" else f"{t:.2f} ({low:.2f} to {high:.2f})" for t, low, high in taus]
+        accuracy = "" if predicted else f"{values.mean():.1%}"
+        lines.append(f"| {name} | {texts[0]} | {texts[1]} | {accuracy} | {spent} |")
+    return "\n".join(lines)
+
+
+def _tau(values: np.ndarray, last: np.ndarray) -> tuple[float, float, float]:
+    """Return Kendall's tau-b with a bootstrap interval of 95 %."""
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(1000):
+        rows = rng.integers(len(last), size=len(last))
+        draws.append(kendalltau(values[rows], last[rows]).statistic)
+    low, high = np.nanquantile(draws, (0.025, 0.975))
+    return float(kendalltau(values, last).statistic), float(low), float(high)
+
+
+# -- table ------------------------------------------------------------------------------------------------------------
+
+
+def table(options: argparse.Namespace) -> None:
+    """Measure uniform and the policies that curves give, and print them."""
+    rows = _lines(options.out)
+    for seed in range(0 if options.show else options.seeds):
+        for criterion in ("l1", "obs"):
+            done = {row["policy"] for row in rows if (row["seed"], row["criterion"]) == (seed, criterion)}
+            wanted = {"uniform", "predicted", *(("measured",) if criterion == "l1" else ())}
+            if wanted <= done:
+                continue
+            bench = Bench(options, criterion, seed)
+            for name in sorted(wanted - done):
+                started = time.perf_counter()
+                policy = _policy(bench, name, options.out.with_suffix(f".{seed}.json"))
+                choosing = time.perf_counter() - started
+                row = {"seed": seed, "criterion": criterion, "policy": name, "choosing": choosing, "once": bench.once}
+                row |= bench.measure(policy)
+                rows.append(row)
+                _append(options.out, row)
+    print(recovery_table(rows))
+
+
+def _policy(bench: Bench, name: str, cells: Path) -> Policy:
+    prepared = bench.prepared
+    if name == "uniform":
+        return prepared.feasible.policy(prepared.feasible.uniform())
+    if name == "predicted":
+        return bench.analytic.allocate(prepared.feasible)
+    report = analyse_sensitivity(
+        prepared.bench,
+        prepared.costs,
+        cells,
+        sparsities=(0.25, 0.5, 0.75),
+        settings=prepared.settings.measured_with,
+        evidence=prepared.evidence,
+    )
+    return report.allocate(prepared.feasible)
+
+
+def recovery_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return accuracies, means and standard deviations over seeds, as a Markdown table."""
+    lines = [
+        f"| policy | order | {' | '.join(NAMES[rung] for rung in RUNGS)} |",
+        f"|---|---|{'---|' * len(RUNGS)}",
+    ]
+    for name, criterion in dict.fromkeys((row["policy"], row["criterion"]) for row in rows):
+        chosen = [row for row in rows if (row["policy"], row["criterion"]) == (name, criterion)]
+        cells = []
+        for rung in RUNGS:
+            values = 100 * np.array([row[rung] for row in chosen])
+            cells.append(f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""))
+        lines.append(f"| {name} | {criterion} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _append(file: Path, row: dict[str, Any]) -> None:
+    with file.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+    sys.stderr.write(".")
+    sys.stderr.flush()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("rank", "table"))
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--network", default="resnet20")
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--budget", default="macs<=50%")
+    parser.add_argument("--images", type=int, default=5000, help="test images that accuracies are measured on")
+    parser.add_argument("--policies", type=int, default=40, help="of each of both kinds")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True, help="a line for every policy; goes on where it stopped")
+    parser.add_argument("--show", action="store_true", help="measure nothing, print what the file holds")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    chosen = _options()
+    {"rank": rank, "table": table}[chosen.part](chosen)

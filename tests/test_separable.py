@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoprune.separable import allocate, hull, threshold
+from autoprune.testing import chain
+
+SIZES = (8, 16, 12)
+
+
+def convex(weights):
+    return [lambda removed, w=w, size=size: w * (removed / size) ** 2 for w, size in zip(weights, SIZES, strict=True)]
+
+
+def counts(feasible, policy):
+    return np.array([feasible.structure.removed(policy)[name] for name in feasible.structure.names])
+
+
+class TestAllocate:
+    @settings(deadline=None)
+    @given(st.lists(st.floats(0.1, 10), min_size=3, max_size=3), st.sampled_from([30, 50, 80]))
+    def test_it_meets_the_budget_and_no_element_could_come_back(self, weights, percent):
+        feasible = chain(SIZES, budget=f"macs<={percent}%")
+        removed = counts(feasible, allocate(feasible, convex(weights)))
+        assert feasible.utilisation(removed) <= 1
+        for index in np.flatnonzero(removed > feasible.lower):
+            fewer = removed.copy()
+            fewer[index] -= 1
+            assert feasible.utilisation(fewer) > 1
+
+    @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (5.0, 0.2, 1.0), (0.1, 3.0, 9.0)])
+    def test_it_is_near_the_best_of_all_policies(self, weights):
+        feasible, losses = chain(SIZES, budget="macs<=50%"), convex(weights)
+
+        def total(removed):
+            return sum(loss(count) for loss, count in zip(losses, removed, strict=True))
+
+        grid = np.stack(np.meshgrid(*(np.arange(high + 1) for high in feasible.upper), indexing="ij"), -1).reshape(
+            -1, 3
+        )
+        best = min(total(removed) for removed in grid if feasible.utilisation(removed) <= 1)
+        found = total(counts(feasible, allocate(feasible, losses)))
+        assert best - 1e-12 <= found <= 1.15 * best
+
+    def test_a_group_that_costs_nothing_goes_first(self):
+        feasible = chain(SIZES, budget="macs<=70%")
+        removed = counts(feasible, allocate(feasible, convex((1.0, 0.0, 1.0))))
+        assert removed[1] > 0
+        assert removed[0] == removed[2] == 0
+
+
+class TestThreshold:
+    def test_all_groups_lose_the_same(self):
+        feasible, losses = chain(SIZES, budget="macs<=50%"), convex((1.0, 4.0, 2.0))
+        removed = counts(feasible, threshold(feasible, losses))
+        assert feasible.utilisation(removed) <= 1
+        rises = [loss(count) for loss, count in zip(losses, removed, strict=True)]
+        assert max(rises) - min(rises) < 0.25
+
+
+class TestHull:
+    def test_what_lies_above_is_left_out(self):
+        x, y = np.array([0.0, 1.0, 2.0, 3.0]), np.array([0.0, 1.0, 1.2, 4.0])
+        assert hull(x, y) == [0, 2, 3]
+
+    @settings(deadline=None)
+    @given(st.lists(st.floats(0, 10), min_size=2, max_size=12))
+    def test_it_is_convex_and_below(self, values):
+        x, y = np.arange(float(len(values))), np.array(values)
+        kept = hull(x, y)
+        lowered = np.interp(x, x[kept], y[kept])
+        assert np.all(lowered <= y + 1e-9)
+        assert np.all(np.diff(lowered, 2) >= -1e-9)
+        assert (kept[0], kept[-1]) == (0, len(values) - 1)
