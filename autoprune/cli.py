@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, final
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -678,9 +679,23 @@ def _print_sensitivity(report: SensitivityReport) -> None:
     for group in (g for g in report.groups if g.cells):
         table.add_row(group.name, str(group.size), *(_nearest(group, s) for s in grid))
     _out.print(f"accuracy of the dense network: {report.dense.accuracy:.2%} ± {report.dense.accuracy_se:.2%}")
-    _out.print(table)
+    if any(g.cells for g in report.groups):
+        _out.print(table)
+    if any(g.predicted for g in report.groups):
+        _out.print("predicted share of the outputs of what reads a group that is lost, when so much of it goes")
+        _out.print(_predicted_table(report))
     for group in (g for g in report.groups if not g.prunable):
         _out.print(f"locked: {group.name} ({group.reason})", highlight=False)
+
+
+def _predicted_table(report: SensitivityReport) -> Table:
+    grid = (0.1, 0.25, 0.5, 0.75, 0.9)
+    table = Table("group", "size", *(f"{s:.0%}" for s in grid), box=None, pad_edge=False)
+    for group in (g for g in report.groups if g.predicted):
+        counts, losses = zip(*group.predicted, strict=True)
+        shares = np.interp([s * group.size for s in grid], counts, losses)
+        table.add_row(group.name, str(group.size), *(f"{share:.1%}" for share in shares))
+    return table
 
 
 def _nearest(group: GroupSensitivity, sparsity: float) -> str:

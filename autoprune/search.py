@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 __all__ = ["search"]
 
 _CLEAR_LOSS = 0.005  # accuracy that the pipeline may cost the dense network without a warning
-_ALONE = 0.3  # accuracy that a group may lose alone, before fine-tuning, and still be searched that far
+_ALONE = {"recalibrated": 0.3, "reconstructed": 0.05}  # accuracy that a group may lose alone and be searched that far
 
 
 def search(
@@ -401,7 +401,7 @@ class _Search:
         user = self.prepared.feasible
         if sensitivity is None:
             return user
-        highest = sensitivity.bounds(self.prepared.structure, _ALONE, self.settings.max_sparsity)
+        highest = sensitivity.bounds(self.prepared.structure, _ALONE[self.settings.recover], self.settings.max_sparsity)
         upper = np.array([g.count(highest[g.name][1]) for g in self.prepared.structure], dtype=np.int64)
         upper = np.clip(upper, user.lower, user.upper)
         narrowed = dataclasses.replace(user, upper=upper)

@@ -20,7 +20,7 @@ from torch import nn
 
 from autoprune.moments import LayerMoments, Moments, Picks, Use, Watch
 from autoprune.moments.reading import in_eval_mode
-from autoprune.moments.solve import kept_from_rows, kept_weights, regularised
+from autoprune.moments.solve import kept_from_rows, kept_weights, masked_weights, regularised
 from autoprune.structure import Cut
 from autoprune.structure.heads import FewerHeadsAttention
 from autoprune.structure.trace import plain_attention
@@ -44,8 +44,9 @@ def reconstruct(dense: nn.Module, smaller: nn.Module, change: Cut, moments: Mome
     before, after = dict(dense.named_parameters()), dict(smaller.named_parameters())
     for name, layer in moments.items():
         kept = change.kept.get(name, {})
-        if layer.input_dim in kept and name in after and name not in change.zeroed:
-            _solve(layer, before, after, kept, dense, smaller)
+        zeroed = change.zeroed.get(name)
+        if name in after and (layer.input_dim in kept or (zeroed is not None and layer.second is not None)):
+            _solve(layer, before, after, kept, zeroed, smaller)
 
 
 def _solve(
@@ -53,16 +54,18 @@ def _solve(
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
     kept: Mapping[int, torch.Tensor],
-    dense: nn.Module,
+    zeroed: torch.Tensor | None,
     smaller: nn.Module,
 ) -> None:
     weight = layer.matrix(before[layer.weight])
     groups, outputs, width = weight.shape
-    inputs = kept[layer.input_dim]
-    kernel = width // before[layer.weight].shape[layer.input_dim]
+    kernel = before[layer.weight].shape[2:].numel()
+    inputs = kept.get(layer.input_dim, torch.arange(width // kernel))
+    stays = None if zeroed is None else ~_matrix(zeroed, layer.input_dim).to(weight.device)
     columns = (inputs[:, None] * kernel + torch.arange(kernel)).flatten().to(weight.device)
     rows = kept.get(1 - layer.input_dim, torch.arange(groups * outputs))
-    parts, shifts, spreads = [], [], []
+    parts: list[torch.Tensor] = []
+    shifts, spreads = [], []
     for group in range(groups):
         mine = (rows[(rows >= group * outputs) & (rows < (group + 1) * outputs)] - group * outputs).to(weight.device)
         if not len(mine):
@@ -74,13 +77,19 @@ def _solve(
             change = (left @ samples[:, columns].T).square().mean(1) - (whole @ samples.T).square().mean(1)
         else:
             second = layer.bare_moments(group)
-            left = kept_weights(whole, layer.moments(group), columns)
+            ridged = layer.moments(group)
+            left = kept_weights(whole, ridged, columns)
+            if stays is not None:
+                done = sum(len(part) for part in parts)
+                left = masked_weights(left, ridged[columns][:, columns], stays[done : done + len(left)])
             small = second[columns][:, columns]
             change = ((left @ small) * left).sum(1) - ((whole @ second) * whole).sum(1)
         parts.append(left)
         shifts.append(left @ mean[columns] - whole @ mean)
         spreads.append(change)
     solved, shift, spread = torch.cat(parts), torch.cat(shifts), torch.cat(spreads)
+    if layer.second is None and stays is not None:
+        solved = solved * stays
     target = after[layer.weight]
     target.copy_((solved.T if layer.input_dim == 0 else solved).reshape(target.shape))
     if layer.bias is not None:
@@ -140,7 +149,7 @@ class Refit:
     def __call__(self, smaller: nn.Module, change: Cut) -> None:
         """Fit a smaller network's layers and take its batch-norms' statistics, in place.
 
-        Layers whose weights run twice, or keep zeros in place, stay as they are.
+        Zeros in place stay zero; layers whose weights run twice stay as they are.
 
         Args:
             smaller: What `cut` made of the dense network; its mode is restored.
@@ -150,10 +159,11 @@ class Refit:
 
         def fit(use: Use) -> None:
             target = self._targets.get(use.weight)
-            if target is None or use.weight in change.zeroed:
+            if target is None or target.first != len(use.inputs):
                 return
-            if target.places == (use.places if use.kernel else ()) and target.first == len(use.inputs):
-                self._fit(use, target, parameters, change.kept.get(use.weight, {}))
+            if target.places == (use.places if use.kernel else ()):
+                kept, zeroed = change.kept.get(use.weight, {}), change.zeroed.get(use.weight)
+                self._fit(use, target, parameters, kept, zeroed)
 
         norms = [m for m in smaller.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         norms = [norm for norm in norms if norm.track_running_stats]
@@ -173,6 +183,7 @@ class Refit:
         target: _Target,
         parameters: Mapping[str, torch.Tensor],
         kept: Mapping[int, torch.Tensor],
+        zeroed: torch.Tensor | None,
     ) -> None:
         weight = parameters[use.weight]
         there = as_rows(use.rows(target.picks))
@@ -181,7 +192,7 @@ class Refit:
             wanted = wanted[:, kept[1 - use.input_dim].to(wanted.device)]
         groups, rows, width = there.shape
         wanted = as_rows(wanted).reshape(rows, groups, -1).transpose(0, 1)
-        old = as_rows(weight.T if use.input_dim == 0 else weight.flatten(1)).reshape(groups, -1, width)
+        old = as_rows(_matrix(weight, use.input_dim)).reshape(groups, -1, width)
         missing = wanted - there @ old.transpose(1, 2)
         mean, shift = there.mean(1, keepdim=True), missing.mean(1, keepdim=True)
         if use.bias is not None or use.weight in self._norms:
@@ -189,6 +200,10 @@ class Refit:
         second = regularised(there.transpose(1, 2) @ there / rows, rows)
         cross = (there.transpose(1, 2) @ missing / rows).double()
         more = torch.cholesky_solve(cross, torch.linalg.cholesky(second)).transpose(1, 2)
+        if zeroed is not None:
+            stays = ~_matrix(zeroed, use.input_dim).to(old.device).reshape(old.shape)
+            parts = zip(old.double() + more, second, stays, strict=True)
+            more = torch.stack([masked_weights(*part) for part in parts]) - old
         new = (old.double() + more).flatten(0, 1)
         weight.copy_((new.T if use.input_dim == 0 else new).reshape(weight.shape))
         if use.bias is not None:
@@ -209,6 +224,11 @@ def _attention_alike(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.__class__ = nn.MultiheadAttention
+
+
+def _matrix(values: torch.Tensor, input_dim: int) -> torch.Tensor:
+    """Return numbers of a weight's shape as `(outputs, inputs · kernel)`."""
+    return values.T if input_dim == 0 else values.flatten(1)
 
 
 def as_rows(values: torch.Tensor) -> torch.Tensor:

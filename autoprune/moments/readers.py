@@ -79,16 +79,21 @@ class Readers:
         readers = self.of(group)
         return torch.stack([reader.losses(order).cpu() for reader in readers]).sum(0) if readers else None
 
-    def saliency(self, weight: str) -> torch.Tensor | None:
-        """Return for every weight the relative loss of its removal alone, in the weight's shape; None if not known.
+    def saliency(self, weight: str, *, relative: bool = True) -> torch.Tensor | None:
+        """Return for every weight the loss of its removal alone, in the weight's shape; None if not known.
 
         Optimal Brain Surgeon, `w² / (H⁻¹)_ii` (Hassibi & Stork 1993, eq. 5).
+
+        Args:
+            weight: The parameter's name.
+            relative: Whether the loss is relative, as of `Reader`s: outputs count as the batch-norm that follows scales
+                them, and all together as 1. Else all outputs count alike.
         """
         layer = self._moments.get(weight)
         if layer is None or layer.second is None:
             return None
         parameter = self._parameters[weight]
-        scaled = self._scaled(layer)
+        scaled = self._scaled(layer) if relative else layer.matrix(parameter).double()
         diagonals = torch.stack([self._inverse(layer, group).diagonal() for group in range(len(layer.mean))])
         saliency = scaled.square() / diagonals[:, None]
         flat = saliency.flatten(0, 1)

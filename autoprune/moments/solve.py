@@ -18,6 +18,7 @@ __all__ = [
     "kept_from_rows",
     "kept_weights",
     "losses",
+    "masked_weights",
     "regularised",
     "removal_order",
     "shrinkage",
@@ -25,6 +26,12 @@ __all__ = [
 
 FLOOR = 1e-3
 """Least ridge, relative to the mean of the moments' diagonal."""
+
+EXACT = 20_000_000_000
+"""Multiply-adds that the exact solution of a masked layer may take: a second or two."""
+
+_BYTES = 1 << 28  # of the systems that are solved at once
+_BLOCK = 128  # columns after which the errors are carried on to the rest
 
 
 def shrinkage(second: torch.Tensor, rows: int, size: int | None = None) -> torch.Tensor:
@@ -100,6 +107,49 @@ def kept_weights(weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor)
     factor = torch.linalg.cholesky(second[kept][:, kept])
     lost = weight[:, gone] @ second[gone][:, kept]
     return weight[:, kept] + torch.cholesky_solve(lost.T, factor).T
+
+
+def masked_weights(weight: torch.Tensor, second: torch.Tensor, stays: torch.Tensor, exact: int = EXACT) -> torch.Tensor:
+    """Return the weights with zeros in given places that make up best for what was there.
+
+    Each row is a least-squares problem of its own, solved exactly where all of them take no more than `exact`
+    multiply-adds (outputs · d³); else column by column, each error made up for by the columns to its right, as
+    SparseGPT does (Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774, algorithm 1, with the mask given).
+
+    Args:
+        weight: `(outputs, d)`.
+        second: `(d, d)`, with its ridge.
+        stays: `(outputs, d)`, false where a weight is to be zero.
+        exact: Multiply-adds that the exact solution may take.
+
+    Returns:
+        `(outputs, d)` float64.
+    """
+    weight = weight.double()
+    rows, width = weight.shape
+    if rows * width**3 > exact:
+        return _swept(weight, second, stays)
+    solved = []
+    at_once = max(1, _BYTES // (8 * width**2))
+    for some, there in zip(torch.split(weight, at_once), torch.split(stays, at_once), strict=True):
+        inner = second * there[:, :, None] * there[:, None, :] + torch.diag_embed((~there).double())
+        lost = (some * ~there) @ second * there
+        more = torch.cholesky_solve(lost[:, :, None], torch.linalg.cholesky(inner))[:, :, 0]
+        solved.append((some + more) * there)
+    return torch.cat(solved)
+
+
+def _swept(weight: torch.Tensor, second: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(second)), upper=True)
+    left = weight.clone()
+    for start in range(0, weight.shape[1], _BLOCK):
+        end = min(start + _BLOCK, weight.shape[1])
+        errors = torch.zeros_like(left[:, start:end])
+        for column in range(start, end):
+            errors[:, column - start] = left[:, column] * ~stays[:, column] / factor[column, column]
+            left[:, column:end] -= errors[:, column - start, None] * factor[column, column:end]
+        left[:, end:] -= errors @ factor[start:end, end:]
+    return left * stays
 
 
 def losses(weight: torch.Tensor, inverse: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

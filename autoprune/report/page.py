@@ -226,7 +226,8 @@ def _sensitivity(run: Run, drawn: Mapping[str, go.Figure]) -> str:
         return ""
     at_half = [(cell, group) for group in run.groups if (cell := _cell_near(group, 0.5))]
     ranked = sorted(at_half, key=lambda pair: pair[0]["accuracy"])
-    text = "Each group pruned alone, all others dense, batch-norm recalibrated, no fine-tuning. "
+    recovered = run.search.get("recover", "recovered")
+    text = f"Each group pruned alone, all others dense; {recovered}, not fine-tuned. "
     if len(ranked) > 1:
         (low, first), (high, last) = ranked[0], ranked[-1]
         dense = run.dense["accuracy"]
@@ -240,7 +241,8 @@ def _sensitivity(run: Run, drawn: Mapping[str, go.Figure]) -> str:
         "Sensitivity of each group",
         text
         + "Across: elements removed; all panels share their axes. The switch shows the loss (log scale) beside what "
-        "one pass of first-order Taylor predicts.",
+        "one pass of first-order Taylor predicts; and what the moments of the layers' inputs predict without an "
+        "evaluation: the share of the outputs of its readers that is lost after the best compensation (log scale).",
     )
     heat = _figure_section(
         drawn,

@@ -33,7 +33,10 @@ PANEL_HEIGHT = 150  # pixels
 
 
 def curves_figure(run: Run) -> go.Figure:
-    """Return one small panel a group: accuracy, or by a switch the loss and its Taylor prediction, against sparsity."""
+    """Return one small panel a group: against sparsity the accuracy, or by a switch one of two other views.
+
+    The loss with its Taylor prediction; and what the moments of the layers' inputs predict, where that is known.
+    """
     groups = [group for group in run.groups if group["cells"]]
     columns = min(PANELS, len(groups))
     rows = math.ceil(len(groups) / columns)
@@ -49,16 +52,22 @@ def curves_figure(run: Run) -> go.Figure:
     )
     dense = run.dense
     picked = {width.group: width.sparsity for width in run.widths(run.picked)} if run.picked else {}
-    visible: list[bool] = []  # in the first view, accuracy
+    looks = {"Accuracy": _accuracy_axis(groups, dense), "Loss and Taylor": _loss_axis(groups, dense)}
+    if any(group.get("predicted") for group in groups):
+        looks["Predicted"] = _predicted_axis(groups)
+    views: list[str] = []  # of each trace
     for index, group in enumerate(groups):
         place = {"row": index // columns + 1, "col": index % columns + 1}
-        accuracy = _panel(group, "accuracy", dense, 100.0, picked.get(group["name"]), first=index == 0)
-        loss = _panel(group, "loss", dense, 1.0, picked.get(group["name"]), first=index == 0)
-        for trace in accuracy:
-            figure.add_trace(trace, **place)
-        for trace in loss:
-            figure.add_trace(trace.update(visible=False), **place)
-        visible += [True] * len(accuracy) + [False] * len(loss)
+        at, first = picked.get(group["name"]), index == 0
+        panels = {
+            "Accuracy": _panel(group, "accuracy", dense, 100.0, at, first=first),
+            "Loss and Taylor": _panel(group, "loss", dense, 1.0, at, first=first),
+            "Predicted": _predicted(group, at, first=first),
+        }
+        for view, traces in panels.items():
+            for trace in traces:
+                figure.add_trace(trace.update(visible=view == "Accuracy"), **place)
+            views += [view] * len(traces)
     style(figure, height=height, legend=True, top=62)
     figure.update_layout(
         margin_b=32, legend_yref="paper", legend_yanchor="bottom", legend_y=1 + 28 / (rows * PANEL_HEIGHT)
@@ -66,19 +75,18 @@ def curves_figure(run: Run) -> go.Figure:
     figure.update_annotations(font={"size": 12, "color": INK}, yshift=2)
     figure.update_xaxes(range=[-0.04, 1], tickvals=[0.25, 0.5, 0.75], ticktext=["25", "50", "75 %"], type="linear")
     _label_outer_axes(figure, rows, columns, len(groups))
-    views = (
-        ("Accuracy", visible, _accuracy_axis(groups, dense)),
-        ("Loss and Taylor", [not on for on in visible], _loss_axis(groups, dense)),
-    )
-    figure.update_yaxes(**views[0][2])
+    figure.update_yaxes(**looks["Accuracy"])
     axes = ["yaxis" if index == 0 else f"yaxis{index + 1}" for index in range(len(groups))]  # Plotly drops empty panels
     buttons = [
         {
             "label": label,
             "method": "update",
-            "args": [{"visible": shown}, {f"{axis}.{key}": value for axis in axes for key, value in look.items()}],
+            "args": [
+                {"visible": [view == label for view in views]},
+                {f"{axis}.{key}": value for axis in axes for key, value in look.items()},
+            ],
         }
-        for label, shown, look in views
+        for label, look in looks.items()
     ]
     figure.update_layout(
         updatemenus=[
@@ -169,20 +177,44 @@ def _panel(
                 showlegend=first,
             )
         )
-    if at is not None and x:
-        traces.append(
-            go.Scatter(
-                x=[at],
-                y=[_interpolated(x, y, at)],
-                mode="markers",
-                marker={"color": "white", "size": 9, "line": {"color": VERMILION, "width": 2.5}},
-                hovertemplate=f"picked: {percent(at)} removed<extra></extra>",
-                name="sparsity of the picked candidate",
-                legendgroup="picked",
-                showlegend=first,
-            )
-        )
-    return traces
+    return [*traces, *_mark(x, y, at, first=first)]
+
+
+def _predicted(group: Mapping[str, Any], at: float | None, *, first: bool) -> list[go.Scatter]:
+    """Return the traces of what moments predict for one group."""
+    points = [point for point in group.get("predicted") or [] if point[1] > 0]  # the axis is logarithmic
+    x, y = [removed / group["size"] for removed, _ in points], [100 * loss for _, loss in points]
+    if not points:
+        return []
+    curve = go.Scatter(
+        x=x,
+        y=y,
+        mode="lines",
+        line={"color": PURPLE, "width": 2},
+        hovertemplate=f"<b>{safe(group['name'])}</b><br>%{{x:.0%}} removed<br>%{{y:.2g}} % of the readers' output lost"
+        "<extra></extra>",
+        name="predicted from moments",
+        legendgroup="moments",
+        showlegend=first,
+    )
+    return [curve, *_mark(x, y, at, first=first)]
+
+
+def _mark(x: Sequence[float], y: Sequence[float], at: float | None, *, first: bool) -> list[go.Scatter]:
+    """Return the mark of the picked sparsity on a curve."""
+    if at is None or not x:
+        return []
+    mark = go.Scatter(
+        x=[at],
+        y=[_interpolated(x, y, at)],
+        mode="markers",
+        marker={"color": "white", "size": 9, "line": {"color": VERMILION, "width": 2.5}},
+        hovertemplate=f"picked: {percent(at)} removed<extra></extra>",
+        name="sparsity of the picked candidate",
+        legendgroup="picked",
+        showlegend=first,
+    )
+    return [mark]
 
 
 def _accuracy_axis(groups: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +232,14 @@ def _loss_axis(groups: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) ->
     steps = (1,) if high - low > 3 else (1, 3) if high - low > 1.5 else (1, 2, 5)
     ticks = [step * 10.0**power for power in range(math.floor(low), math.ceil(high)) for step in steps]
     return {"type": "log", "ticksuffix": "", "tickmode": "array", "tickvals": ticks, "range": [low, high]}
+
+
+def _predicted_axis(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a logarithmic axis in percent; with several readers a group can lose more than one reader has."""
+    losses = [100 * loss for group in groups for _, loss in group.get("predicted") or [] if loss > 0]
+    low, high = math.log10(max(0.1, min(losses, default=0.1))), math.log10(max(losses, default=100.0)) + 0.06
+    ticks = [10.0**power for power in range(math.floor(low), math.ceil(high) + 1)]
+    return {"type": "log", "ticksuffix": " %", "tickmode": "array", "tickvals": ticks, "range": [low, high]}
 
 
 def _label_outer_axes(figure: go.Figure, rows: int, columns: int, panels: int) -> None:

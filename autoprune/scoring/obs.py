@@ -25,19 +25,19 @@ class OBS:
     elements that say the same are not both thrown away, as they are by a score that looks at each alone. A layer that
     writes the group adds nothing: what it computes of a removed element nobody reads.
 
-    A single weight is scored by `w² / (H⁻¹)_ii`. Where no reader's inputs can be seen, and for blocks, it is the sum of
-    absolute weights as in `autoprune.scoring.l1`.
+    A single weight is scored by `w² / (H⁻¹)_ii`, all outputs alike. Where no reader's inputs can be seen, and for
+    blocks, it is the sum of absolute weights as in `autoprune.scoring.l1`.
     """
 
     def score(self, model: nn.Module, structure: Structure, evidence: Evidence) -> Scores:
-        """Return places in the order of removal, from 1; of weights that are zeroed, relative losses."""
+        """Return places in the order of removal, from 1; of weights that are zeroed, losses."""
         readers = Readers(model, evidence.moments(model, structure))
         return {group.name: _score(model, group, readers) for group in structure}
 
 
 def _score(model: nn.Module, group: Group, readers: Readers) -> torch.Tensor:
     if group.pattern is not None:
-        saliency = readers.saliency(group.pattern.tensor)
+        saliency = readers.saliency(group.pattern.tensor, relative=False)
         return sum_of_weights(model, group, torch.abs) if saliency is None else saliency.float()
     order = None if group.block is not None else readers.order(group)
     if order is None:

@@ -347,6 +347,7 @@ class TestSaliency:
         expected = weight.square() / torch.linalg.inv(layer.moments(0)).diagonal().reshape(weight.shape[1:])
         ratio = known.readers.saliency("2.weight") / expected
         torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-9, atol=0)
+        torch.testing.assert_close(known.readers.saliency("2.weight", relative=False), expected, rtol=1e-9, atol=0)
 
     def test_of_what_is_not_known_there_is_none(self):
         known = Known(plain, IMAGES, memory=3000)

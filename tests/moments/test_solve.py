@@ -11,6 +11,7 @@ from autoprune.moments.solve import (
     kept_from_rows,
     kept_weights,
     losses,
+    masked_weights,
     regularised,
     removal_order,
     shrinkage,
@@ -290,3 +291,58 @@ class TestRegularised:
         assert torch.linalg.eigvalsh(second)[0] > 0
         scaled = regularised(unit**2 * inputs.T @ inputs / rows, rows)
         torch.testing.assert_close(scaled, unit**2 * second, rtol=1e-9, atol=0)
+
+
+class TestMaskedWeights:
+    @staticmethod
+    def problem(outputs=3, width=6, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(50, width, generator=generator, dtype=torch.float64)
+        rows[:, 1] = 0.9 * rows[:, 0] + 0.1 * rows[:, 1]
+        weight = torch.randn(outputs, width, generator=generator, dtype=torch.float64)
+        stays = torch.rand(outputs, width, generator=generator) < 0.5
+        return weight, regularised(rows.T @ rows / 50, 50), stays
+
+    @staticmethod
+    def loss(left, weight, second):
+        return float((((left - weight) @ second) * (left - weight)).sum())
+
+    @given(st.integers(0, 1000))
+    @settings(deadline=None, max_examples=25)
+    def test_each_row_is_its_own_least_squares(self, seed):
+        weight, second, stays = self.problem(seed=seed)
+        found = masked_weights(weight, second, stays)
+        factor = torch.linalg.cholesky(second).T  # the loss is the square of factor @ (left - weight)
+        for row, target, there in zip(found, weight, stays, strict=True):
+            expected = torch.zeros_like(target)
+            if there.any():
+                expected[there] = torch.linalg.lstsq(factor[:, there], factor @ target).solution
+            torch.testing.assert_close(row, expected, atol=1e-8, rtol=1e-6)
+
+    def test_the_sweep_keeps_zeros_and_lies_between_zeroing_and_the_best(self):
+        losses = []
+        for seed in range(20):
+            weight, second, stays = self.problem(outputs=8, seed=seed)
+            best, swept = (masked_weights(weight, second, stays, exact=exact) for exact in (10**9, 0))
+            assert torch.all(swept[~stays] == 0)
+            losses.append([self.loss(left, weight, second) for left in (best, swept, weight * stays)])
+            assert losses[-1][0] <= losses[-1][1] + 1e-9
+        least, more, most = (sum(column) for column in zip(*losses, strict=True))
+        assert least < more < 0.9 * most
+
+    def test_the_sweep_is_the_same_over_several_blocks(self, monkeypatch):
+        weight, second, stays = self.problem(outputs=4, width=12)
+        whole = masked_weights(weight, second, stays, exact=0)
+        monkeypatch.setattr("autoprune.moments.solve._BLOCK", 5)
+        torch.testing.assert_close(masked_weights(weight, second, stays, exact=0), whole)
+
+    def test_rows_are_solved_some_at_a_time_to_the_same(self, monkeypatch):
+        weight, second, stays = self.problem(outputs=7)
+        whole = masked_weights(weight, second, stays)
+        monkeypatch.setattr("autoprune.moments.solve._BYTES", 8 * 6**2 * 2)
+        torch.testing.assert_close(masked_weights(weight, second, stays), whole)
+
+    def test_nothing_to_zero_changes_nothing_and_everything_is_zero(self):
+        weight, second, stays = self.problem()
+        torch.testing.assert_close(masked_weights(weight, second, torch.ones_like(stays)), weight)
+        assert torch.all(masked_weights(weight, second, torch.zeros_like(stays)) == 0)
