@@ -131,6 +131,27 @@ def test_sensitivity_shards_merge_and_serve_a_search(
     assert "its elements are the network's output" in capsys.readouterr().out
 
 
+def test_sensitivity_can_be_predicted_without_measuring(
+    folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "predicted.json"
+    assert run("sensitivity", "--analytic", "--weights", str(weights), "--out", str(out)) == 0
+    groups = {g["name"]: g for g in json.loads(out.read_text())["groups"] if g["prunable"]}
+    assert all(group["cells"] == [] for group in groups.values())
+    for group in groups.values():
+        counts, losses = zip(*group["predicted"], strict=True)
+        assert (counts[0], counts[-1], losses[0]) == (0, group["size"], 0.0)
+        assert list(losses) == sorted(losses)
+    printed = capsys.readouterr().out
+    assert "predicted share of the outputs" in printed
+    assert f"{dict(groups['layer3.0.conv1']['predicted'])[32]:.1%}" in printed
+
+
+def test_another_way_to_recover_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*SEARCH, "--recover", "magically", "--out", str(folder / "x")) == 2
+    assert "'magically'" in capsys.readouterr().err
+
+
 def test_a_dry_run_prints_widths_and_evaluates_nothing(
     folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from autoprune.moments import LayerMoments, Moments, Picks, Use, Watch
 from autoprune.moments.reading import in_eval_mode
-from autoprune.moments.solve import kept_from_rows, kept_weights, masked_weights, regularised
+from autoprune.moments.solve import fitted, kept_from_rows, kept_weights, masked_weights, regularised
 from autoprune.structure import Cut
 from autoprune.structure.heads import FewerHeadsAttention
 from autoprune.structure.trace import plain_attention
@@ -197,19 +197,25 @@ class Refit:
         mean, shift = there.mean(1, keepdim=True), missing.mean(1, keepdim=True)
         if use.bias is not None or use.weight in self._norms:
             there, missing = there - mean, missing - shift
-        second = regularised(there.transpose(1, 2) @ there / rows, rows)
-        cross = (there.transpose(1, 2) @ missing / rows).double()
-        more = torch.cholesky_solve(cross, torch.linalg.cholesky(second)).transpose(1, 2)
+        more = fitted(there, missing)
         if zeroed is not None:
             stays = ~_matrix(zeroed, use.input_dim).to(old.device).reshape(old.shape)
-            parts = zip(old.double() + more, second, stays, strict=True)
-            more = torch.stack([masked_weights(*part) for part in parts]) - old
+            more = _beside_zeros(old.double() + more, there, stays) - old
         new = (old.double() + more).flatten(0, 1)
         weight.copy_((new.T if use.input_dim == 0 else new).reshape(weight.shape))
         if use.bias is not None:
             level = shift.double() - mean.double() @ more.transpose(1, 2)
             bias = parameters[use.bias]
             bias.copy_(level.flatten())
+
+
+def _beside_zeros(weight: torch.Tensor, there: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
+    """Return `(groups, outputs, d)` weights with zeros, fitted around them where there are rows enough."""
+    rows, width = there.shape[1:]
+    if rows < width:
+        return weight * stays
+    second = regularised(there.transpose(1, 2) @ there / rows, rows)
+    return torch.stack([masked_weights(*part) for part in zip(weight, second, stays, strict=True)])
 
 
 @contextmanager

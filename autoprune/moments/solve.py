@@ -15,6 +15,7 @@ __all__ = [
     "FLOOR",
     "Elimination",
     "Eliminator",
+    "fitted",
     "kept_from_rows",
     "kept_weights",
     "losses",
@@ -65,6 +66,34 @@ def regularised(second: torch.Tensor, rows: int) -> torch.Tensor:
     return second + ridge[..., None, None] * torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
 
 
+def fitted(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """Return the ridge regression of outputs on inputs, in as many unknowns as there are rows or inputs, the fewer.
+
+    Args:
+        inputs: `(groups, n, d)`.
+        outputs: `(groups, n, outputs)`.
+
+    Returns:
+        `(groups, outputs, d)` float64.
+    """
+    count, width = inputs.shape[1:]
+    if count >= width:
+        second = regularised(inputs.transpose(1, 2) @ inputs / count, count)
+        cross = (inputs.transpose(1, 2) @ outputs / count).double()
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(second)).transpose(1, 2)
+    products = (inputs @ inputs.transpose(1, 2)).double() / count
+    factor = torch.linalg.cholesky(products + _ridge_of_rows(products, width))
+    return torch.cholesky_solve(outputs.double() / count, factor).transpose(1, 2) @ inputs.double()
+
+
+def _ridge_of_rows(products: torch.Tensor, size: int) -> torch.Tensor:
+    """Return `(..., n, n)`: the ridge of the moments of n rows of `size` numbers, of which `products` are known."""
+    count = products.shape[-1]
+    mean = products.diagonal(dim1=-2, dim2=-1).sum(-1) / size
+    ridge = torch.where(mean > 0, shrinkage(products, count, size) * mean, 1.0)
+    return ridge[..., None, None] * torch.eye(count, dtype=products.dtype, device=products.device)
+
+
 def kept_from_rows(weight: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Return what `kept_weights` gives for the rows' moments with their ridge, in as many unknowns as there are rows.
 
@@ -81,10 +110,7 @@ def kept_from_rows(weight: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor)
     gone = torch.ones(size, dtype=torch.bool, device=rows.device)
     gone[kept] = False
     there, lost = rows[:, kept], rows[:, gone] @ weight[:, gone].T
-    products = rows @ rows.T / count
-    mean = products.diagonal().sum() / size
-    ridge = torch.where(mean > 0, shrinkage(products, count, size) * mean, 1.0)
-    inner = there @ there.T / count + ridge * torch.eye(count, dtype=rows.dtype, device=rows.device)
+    inner = there @ there.T / count + _ridge_of_rows(rows @ rows.T / count, size)
     solved = torch.cholesky_solve(lost / count, torch.linalg.cholesky(inner))
     return weight[:, kept] + solved.T @ there
 

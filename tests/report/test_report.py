@@ -485,6 +485,19 @@ class TestFigures:
         names = Counter(trace.name for trace, on in zip(figure.data, shown, strict=True) if not on)
         assert names["predicted by Taylor"] == len(demo.names)
 
+    def test_what_moments_predict_is_a_third_view(self, demo, run):
+        document = json.loads((run / "sensitivity.json").read_text())
+        for group in document["groups"]:
+            if group["prunable"]:
+                group["predicted"] = [[0, 0.0], [group["size"] // 2, 0.25], [group["size"], 1.0]]
+        (run / "sensitivity.json").write_text(json.dumps(document))
+        figure = figures(read_run(run))["curves"]
+        accuracy, loss, predicted = (button.args[0]["visible"] for button in figure.layout.updatemenus[0].buttons)
+        assert all(sum(shown) == 1 for shown in zip(accuracy, loss, predicted, strict=True))
+        curves = [trace for trace, on in zip(figure.data, predicted, strict=True) if on and trace.mode == "lines"]
+        assert len(curves) == len(demo.names)
+        assert list(curves[0].y) == [25.0, 100.0]  # the axis is logarithmic
+
 
 class TestMissing:
     @pytest.mark.parametrize("absent", ["sensitivity.json", "front.json", "result.json", "final.json", "ledger.jsonl"])
