@@ -31,9 +31,10 @@ _POINTS = 64  # of a curve of weights that are zeroed, which have a count for ea
 class Analytic:
     """What each group's removal does to the layers that read it, after the best compensation.
 
-    The loss of a group is the squared error of its readers' outputs, relative to their power, 0 to 1 for each reader
-    (see `autoprune.moments.readers`), and the loss of a policy the sum of the groups' losses, each to the power of
-    `POWER`: a sum takes groups for independent, and the power makes up for errors that grow on each other.
+    The loss of a group is the squared error of its readers' outputs, each weighted by how much of the power of the
+    network's outputs it changes (see `autoprune.moments.influence`), and the loss of a policy the sum of the groups'
+    losses, each to the power of `POWER`: a sum takes groups for independent, and the power makes up for errors that
+    grow on each other.
 
     Attributes:
         structure: The groups.
@@ -51,7 +52,14 @@ class Analytic:
         object.__setattr__(self, "_missing", missing)
 
     @classmethod
-    def of(cls, model: nn.Module, structure: Structure, orders: Orders, moments: Moments) -> Self:
+    def of(
+        cls,
+        model: nn.Module,
+        structure: Structure,
+        orders: Orders,
+        moments: Moments,
+        influence: Mapping[str, torch.Tensor] | None = None,
+    ) -> Self:
         """Make the curves.
 
         Args:
@@ -59,8 +67,10 @@ class Analytic:
             structure: Its groups.
             orders: In which order elements go.
             moments: Of the groups' readers.
+            influence: Of the readers' outputs on the network's; without it losses are relative to the power of each
+                reader's outputs.
         """
-        readers = Readers(model, moments)
+        readers = Readers(model, moments, influence)
         curves = {group.name: _curve(readers, group, orders[group.name]) for group in structure}
         known = {name: curve for name, curve in curves.items() if curve is not None}
         return cls(structure, {n: c for n, (c, _) in known.items()}, {n: v for n, (_, v) in known.items()})

@@ -682,7 +682,7 @@ def _print_sensitivity(report: SensitivityReport) -> None:
     if any(g.cells for g in report.groups):
         _out.print(table)
     if any(g.predicted for g in report.groups):
-        _out.print("predicted share of the outputs of what reads a group that is lost, when so much of it goes")
+        _out.print("predicted share of the network's output that is lost, when so much of a group goes")
         _out.print(_predicted_table(report))
     for group in (g for g in report.groups if not g.prunable):
         _out.print(f"locked: {group.name} ({group.reason})", highlight=False)

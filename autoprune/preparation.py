@@ -14,7 +14,7 @@ from autoprune.cost import CostModel, FeasibleSet, LatencyTable, count
 from autoprune.data import Batch
 from autoprune.errors import TaskError, UncountedOperatorWarning
 from autoprune.evaluation import Evaluator, Ledger, Workbench
-from autoprune.moments import Moments, readers_of
+from autoprune.moments import Moments, influences, readers_of
 from autoprune.run import RunFolder
 from autoprune.scoring import Evidence, removal_orders
 from autoprune.seeds import derive
@@ -53,7 +53,9 @@ class Prepared:
         """Return what moments predict of any policy."""
         moments = self.evidence.moments(self.bench.model, self.structure)
         with suited_threads(self.bench.macs):
-            return Analytic.of(self.bench.model, self.structure, self.bench.orders, moments)
+            seed = derive(self.settings.seed, "influence")
+            influence = influences(self.bench.model, self.evidence.batches, readers_of(self.structure), seed)
+            return Analytic.of(self.bench.model, self.structure, self.bench.orders, moments, influence)
 
 
 def prepare(task: Task, settings: SearchSettings, folder: RunFolder | None = None) -> Prepared:

@@ -76,8 +76,8 @@ class GroupSensitivity:
         reason: Why not.
         macs_share: Share of the dense multiply-adds in the layers that it touches; neighbours overlap.
         cells: By elements removed, ascending.
-        predicted: Elements removed, and the loss that moments predict for it (see `autoprune.analytic`): the squared
-            error of the outputs of what reads the group, relative to their power, added up; empty if not known.
+        predicted: Elements removed, and the loss that moments predict for it (see `autoprune.analytic`): the share of
+            the power of the network's outputs that is lost; empty if not known.
     """
 
     name: str

@@ -143,7 +143,7 @@ def test_sensitivity_can_be_predicted_without_measuring(
         assert (counts[0], counts[-1], losses[0]) == (0, group["size"], 0.0)
         assert list(losses) == sorted(losses)
     printed = capsys.readouterr().out
-    assert "predicted share of the outputs" in printed
+    assert "predicted share of the network's output" in printed
     assert f"{dict(groups['layer3.0.conv1']['predicted'])[32]:.1%}" in printed
 
 

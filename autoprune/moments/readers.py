@@ -1,6 +1,7 @@
 """The layers that read a group, made ready for the arithmetic of its removal."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +49,14 @@ class Readers:
     Args:
         model: The dense network.
         moments: Of its layers.
+        influences: Weight → `(outputs,)` power of the network's outputs that an error of each output makes (see
+            `autoprune.moments.influence`); losses are then shares of that power, and layers without are no readers.
     """
 
-    def __init__(self, model: nn.Module, moments: Moments) -> None:
+    def __init__(
+        self, model: nn.Module, moments: Moments, influences: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        self._influences = influences
         self._model = model
         self._parameters = dict(model.named_parameters())
         self._moments = moments
@@ -61,7 +67,8 @@ class Readers:
         found = []
         for part in group.slices:
             layer = self._moments.get(part.tensor)
-            if part.role == "read" and layer is not None and part.dim == layer.input_dim:
+            known = self._influences is None or part.tensor in self._influences
+            if part.role == "read" and layer is not None and known and part.dim == layer.input_dim:
                 kernel = layer.mean.shape[1] // self._parameters[part.tensor].shape[part.dim]
                 columns = part.positions[:, :, None] * kernel + torch.arange(kernel)
                 found += self._parts(layer, columns.flatten(1).to(layer.mean.device))
@@ -92,6 +99,8 @@ class Readers:
         layer = self._moments.get(weight)
         if layer is None or layer.second is None:
             return None
+        if relative and self._influences is not None and weight not in self._influences:
+            return None
         parameter = self._parameters[weight]
         scaled = self._scaled(layer) if relative else layer.matrix(parameter).double()
         diagonals = torch.stack([self._inverse(layer, group).diagonal() for group in range(len(layer.mean))])
@@ -114,6 +123,8 @@ class Readers:
     def _scaled(self, layer: LayerMoments) -> torch.Tensor:
         """Return `(groups, outputs, d)` weights whose output has power 1 in all, after its batch-norm."""
         weight = layer.matrix(self._parameters[layer.weight]).double()
+        if self._influences is not None:
+            return weight * self._influences[layer.weight].to(weight).sqrt().reshape(*weight.shape[:2], 1)
         if layer.norm is not None:
             weight = weight * norm_scale(self._model, layer.norm).reshape(*weight.shape[:2], 1)
         powers = []

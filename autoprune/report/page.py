@@ -242,7 +242,7 @@ def _sensitivity(run: Run, drawn: Mapping[str, go.Figure]) -> str:
         text
         + "Across: elements removed; all panels share their axes. The switch shows the loss (log scale) beside what "
         "one pass of first-order Taylor predicts; and what the moments of the layers' inputs predict without an "
-        "evaluation: the share of the outputs of its readers that is lost after the best compensation (log scale).",
+        "evaluation: the share of the network's output that is lost after the best compensation (log scale).",
     )
     heat = _figure_section(
         drawn,

@@ -191,7 +191,7 @@ def _predicted(group: Mapping[str, Any], at: float | None, *, first: bool) -> li
         y=y,
         mode="lines",
         line={"color": PURPLE, "width": 2},
-        hovertemplate=f"<b>{safe(group['name'])}</b><br>%{{x:.0%}} removed<br>%{{y:.2g}} % of the readers' output lost"
+        hovertemplate=f"<b>{safe(group['name'])}</b><br>%{{x:.0%}} removed<br>%{{y:.2g}} % of the network's output lost"
         "<extra></extra>",
         name="predicted from moments",
         legendgroup="moments",
@@ -235,9 +235,9 @@ def _loss_axis(groups: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) ->
 
 
 def _predicted_axis(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a logarithmic axis in percent; with several readers a group can lose more than one reader has."""
+    """Return a logarithmic axis in percent; errors of several readers add up, to more than the output has."""
     losses = [100 * loss for group in groups for _, loss in group.get("predicted") or [] if loss > 0]
-    low, high = math.log10(max(0.1, min(losses, default=0.1))), math.log10(max(losses, default=100.0)) + 0.06
+    low, high = math.log10(max(0.01, min(losses, default=0.1))), math.log10(max(losses, default=100.0)) + 0.06
     ticks = [10.0**power for power in range(math.floor(low), math.ceil(high) + 1)]
     return {"type": "log", "ticksuffix": " %", "tickmode": "array", "tickvals": ticks, "range": [low, high]}
 
