@@ -245,7 +245,7 @@ def search(
     control: Annotated[
         int | None, typer.Option(help="Random policies evaluated as a control; by default a tenth of the candidates.")
     ] = None,
-    finetune_steps: Annotated[int, typer.Option(help="Gradient steps of short fine-tuning for every candidate.")] = 50,
+    finetune_steps: Annotated[int, typer.Option(help="Gradient steps of short fine-tuning for every candidate.")] = 0,
     lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning.")] = 0.01,
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
@@ -644,7 +644,7 @@ def _print_result(result: SearchResult) -> None:
         ("uniform at this cost", summary["uniform"]),
         (f"best of {summary['random']['size']} random", summary["random"]["best"]),
     ]
-    for name, row in [*rows, (f"picked ({picked['fidelity']})", picked)]:
+    for name, row in [*rows, ("picked", picked)]:
         if row is not None:
             table.add_row(
                 name,
@@ -662,7 +662,8 @@ def _print_result(result: SearchResult) -> None:
     time = {name: one["median_ms"] for name, one in summary["latency"].items()}
     _out.print(f"measured here: {time['picked']:.3g} ms a sample, dense {time['dense']:.3g} ms", highlight=False)
     _out.print(
-        f"picked: {picked['rule']}, of {summary['evaluations']} evaluated in {summary['seconds']:.0f} s",
+        f"picked: {picked['rule']}, of {summary['evaluations']} evaluated in {summary['seconds']:.0f} s; "
+        f"recovery: {picked['fidelity']}",
         highlight=False,
     )
     places = {"network": folder.pruned, "report": folder.report, "ledger": folder.ledger}

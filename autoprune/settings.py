@@ -30,7 +30,8 @@ class SearchSettings:
         criterion: Name of the score by which elements are ordered.
         recover: How candidates are recovered before they are fine-tuned: "reconstructed" (layers fitted in closed form)
             or "recalibrated" (batch-norm statistics only).
-        finetune_steps: Gradient steps of short fine-tuning for every candidate.
+        finetune_steps: Gradient steps of short fine-tuning for every candidate. None by default: reconstructed, policies
+            rank as well without (`benchmarks/closed_form.md`), and the picked one is fine-tuned afterwards.
         lr: Peak learning rate of short fine-tuning.
         calibration_images: Augmented training images that batch-norm statistics and fits are made from.
         moments_memory: Bytes, in GB, that the moments of the layers' inputs may take.
@@ -57,7 +58,7 @@ class SearchSettings:
     control: int | None = None
     criterion: str = "l1"
     recover: str = "reconstructed"
-    finetune_steps: int = 50
+    finetune_steps: int = 0
     lr: float = 0.01
     calibration_images: int = 2000
     moments_memory: float = 2.0

@@ -87,7 +87,6 @@ class Bench:
         bench = self.prepared.bench
         removed = bench.structure.removed(policy)
         change = bench.change(removed)
-        counts = np.array([removed[name] for name in bench.structure.names])
         row: dict[str, Any] = {"seconds": {}}
 
         def timed(rung: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -97,10 +96,6 @@ class Bench:
             row[rung] = self.accuracy(model)
             return model
 
-        started = time.perf_counter()
-        row["predicted"] = -float(self.analytic.predict(counts))
-        row["seconds"]["predicted"] = time.perf_counter() - started
-        row["predicted_1"] = -float(self.analytic.predict(counts, power=1.0))
         timed("sliced", lambda: cut(bench.model, change))
         timed("recalibrated", lambda: self._recalibrated(cut(bench.model, change)))
         cached = timed("cached", lambda: self._cached(change))
@@ -112,6 +107,15 @@ class Bench:
         self.accuracy(fitted)
         row["seconds"]["measuring"] = time.perf_counter() - started
         return row
+
+    def predict(self, policy: Policy) -> dict[str, float]:
+        """Return what moments say of a policy, higher is better, and the seconds that it takes them."""
+        removed = self.prepared.structure.removed(policy)
+        counts = np.array([removed[name] for name in self.prepared.structure.names])
+        started = time.perf_counter()
+        loss = float(self.analytic.predict(counts))
+        seconds = time.perf_counter() - started
+        return {"predicted": -loss, "predicted_1": -float(self.analytic.predict(counts, power=1.0)), "spent": seconds}
 
     def _recalibrated(self, model: torch.nn.Module) -> torch.nn.Module:
         with suited_threads(self.prepared.bench.macs):
@@ -148,18 +152,19 @@ def policies(prepared: Prepared, number: int) -> Iterator[tuple[str, Policy]]:
 def rank(options: argparse.Namespace) -> None:
     """Measure random policies, and print how the rungs rank them."""
     rows = _lines(options.out)
-    if not options.show:
-        bench = Bench(options)
-        for kind, policy in policies(bench.prepared, options.policies):
-            if any(row["id"] == policy.id and row["kind"] == kind for row in rows):
-                continue
-            cost = bench.prepared.costs.cost(bench.prepared.structure.removed(policy)).macs
-            share = cost / bench.prepared.costs.dense.macs
-            row = {"kind": kind, "id": policy.id, "macs": share, **bench.measure(policy)}
-            rows.append(row)
-            _append(options.out, row)
+    bench = Bench(options)
+    drawn = list(policies(bench.prepared, options.policies))
+    for kind, policy in drawn[: 0 if options.show else None]:
+        if any(row["id"] == policy.id and row["kind"] == kind for row in rows):
+            continue
+        cost = bench.prepared.costs.cost(bench.prepared.structure.removed(policy)).macs
+        share = cost / bench.prepared.costs.dense.macs
+        row = {"kind": kind, "id": policy.id, "macs": share, **bench.measure(policy)}
+        rows.append(row)
+        _append(options.out, row)
     for kind in ("equal", "mixed"):
-        chosen = [row for row in rows if row["kind"] == kind]
+        predictions = {policy.id: bench.predict(policy) for of, policy in drawn if of == kind}
+        chosen = [row | predictions[row["id"]] for row in rows if row["kind"] == kind and row["id"] in predictions]
         if len(chosen) > 3:
             print(f"\n{len(chosen)} policies at {kind} cost\n")
             print(rank_table(chosen))
@@ -177,7 +182,7 @@ def rank_table(rows: Sequence[dict[str, Any]]) -> str:
     for rung, name in NAMES.items():
         values = np.array([row[rung] for row in rows])
         predicted = rung.startswith("predicted")
-        seconds = float(np.median([row["seconds"].get(rung, row["seconds"]["predicted"]) for row in rows]))
+        seconds = float(np.median([row["spent"] if predicted else row["seconds"][rung] for row in rows]))
         spent = f"{seconds:.1e}" if predicted else f"{seconds:.2f} + {measuring:.2f}"
         taus = [_tau(values, last), _tau(values[better], last[better])]
         texts = ["" if rung == f"steps_{STEPS[-1]}" else f"{t:.2f} ({low:.2f} to {high:.2f})" for t, low, high in taus]

@@ -48,7 +48,7 @@ class Recovery:
     """
 
     calibration_images: int = 2000
-    finetune_steps: int = 50
+    finetune_steps: int = 0
     recipe: Recipe = field(default_factory=Recipe)
 
 
