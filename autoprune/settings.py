@@ -30,8 +30,8 @@ class SearchSettings:
         criterion: Name of the score by which elements are ordered.
         recover: How candidates are recovered before they are fine-tuned: "reconstructed" (layers fitted in closed form)
             or "recalibrated" (batch-norm statistics only).
-        finetune_steps: Gradient steps of short fine-tuning for every candidate. None by default: reconstructed, policies
-            rank as well without (`benchmarks/closed_form.md`), and the picked one is fine-tuned afterwards.
+        finetune_steps: Gradient steps of short fine-tuning for every candidate. None by default: reconstructed,
+            policies rank as well without (`benchmarks/closed_form.md`), and the picked one is fine-tuned afterwards.
         lr: Peak learning rate of short fine-tuning.
         calibration_images: Augmented training images that batch-norm statistics and fits are made from.
         moments_memory: Bytes, in GB, that the moments of the layers' inputs may take.
