@@ -266,6 +266,8 @@ class _Search:
         if len(predicted.missing) == len(self.prepared.structure):
             return None
         self.progress.line(f"predicted the loss of every policy from moments in {time.monotonic() - started:.1f} s")
+        for note in self.prepared.evidence.moments(self.prepared.bench.model, self.prepared.structure).notes:
+            self.progress.line(f"moments: {note}")
         return predicted
 
     def _analysis_deadline(self) -> float | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoprune.inputs import call, each_tensor, first_sample
+from autoprune.inputs import call, each_tensor, evaluating, first_sample
 
 
 class Echo(nn.Module):
@@ -68,3 +68,20 @@ class TestFirstSample:
 
     def test_the_input_is_not_copied(self):
         assert first_sample(ONE).data_ptr() == ONE.data_ptr()
+
+
+class TestEvaluating:
+    def test_modes_come_back_also_after_an_error(self):
+        net = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm1d(2)))
+        net[1].eval()
+        seen = []
+
+        def run():
+            with evaluating(net):
+                seen.extend(module.training for module in net.modules())
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            run()
+        assert not any(seen)
+        assert [module.training for module in net.modules()] == [True, True, False, False]

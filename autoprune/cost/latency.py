@@ -8,8 +8,8 @@ interquartile range. What predicts latency is in `latency_table.py`.
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from autoprune.errors import ConfigError
-from autoprune.inputs import call
+from autoprune.inputs import call, evaluating
 
 __all__ = [
     "Clock",
     "Latency",
     "compare",
     "device_of",
-    "evaluating",
     "measure_latency",
     "runner",
     "summary",
@@ -198,15 +197,3 @@ def _device_text(device: torch.device) -> str:
 
 def _tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a network in eval mode inside a `with`; each module's own mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

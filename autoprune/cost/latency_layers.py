@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from autoprune.cost.latency import Clock, evaluating, timed
-from autoprune.inputs import call, each_tensor
+from autoprune.cost.latency import Clock, timed
+from autoprune.inputs import call, each_tensor, evaluating
 from autoprune.structure.groups import Structure
 from autoprune.structure.surgery import remove
 from autoprune.structure.trace import plain_attention

@@ -18,9 +18,10 @@ from typing import Any, Final, Self
 import torch
 from torch import nn
 
-from autoprune.cost.latency import Clock, Latency, compare, device_of, evaluating, runner, summary, timed
+from autoprune.cost.latency import Clock, Latency, compare, device_of, runner, summary, timed
 from autoprune.cost.latency_layers import Entry, Plan, Removed, Shapes, Site, keyed, without
 from autoprune.errors import ConfigError
+from autoprune.inputs import evaluating
 from autoprune.policy import Policy
 from autoprune.run import write_json
 from autoprune.structure.groups import Structure

@@ -127,7 +127,8 @@ class Workbench:
 
     @cached_property
     def _refit(self) -> Refit:
-        images = torch.cat([inputs for inputs, _ in self._calibration])[: self._at_once]
+        enough = -(-self._at_once // max(1, len(self._calibration[0][0])))
+        images = torch.cat([inputs for inputs, _ in self._calibration[:enough]])[: self._at_once]
         if self._spatial:
             images = images.contiguous(memory_format=torch.channels_last)
         return Refit(self.model, images, each=max(_FITTED_EACH, _FITTED_ROWS // len(images)), seed=self._seed)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from autoprune.evaluation.candidate import Measurement
+from autoprune.inputs import evaluating
 
 __all__ = ["Samples", "measure"]
 
@@ -57,13 +58,10 @@ def measure(
         metric: Per-sample score, `(outputs, targets) -> (n,)`.
         loss: Per-sample loss, `(outputs, targets) -> (n,)`.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     scores, losses = [], []
-    for inputs, targets in batches:
-        outputs = model(inputs)
-        scores.append(metric(outputs, targets).cpu().double())
-        losses.append(loss(outputs, targets).cpu().double())
-    for module, training in modes:
-        module.training = training
+    with evaluating(model):
+        for inputs, targets in batches:
+            outputs = model(inputs)
+            scores.append(metric(outputs, targets).cpu().double())
+            losses.append(loss(outputs, targets).cpu().double())
     return Samples(torch.cat(scores), torch.cat(losses))

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from autoprune.inputs import evaluating
+
 __all__ = ["recalibrate"]
 
 
@@ -27,20 +29,17 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-    seen = 0
-    for inputs, _ in batches:
-        if len(inputs) > 1:
-            seen += len(inputs)
-            for norm in norms:
-                norm.momentum = len(inputs) / seen  # the newest batch's weight in torch's running average
-            model(inputs)
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+        seen = 0
+        for inputs, _ in batches:
+            if len(inputs) > 1:
+                seen += len(inputs)
+                for norm in norms:
+                    norm.momentum = len(inputs) / seen  # the newest batch's weight in torch's running average
+                model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    for module, training in modes:
-        module.training = training

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from autoprune.inputs import evaluating
 from autoprune.moments import LayerMoments, Moments, Picks, Use, Watch
-from autoprune.moments.reading import in_eval_mode
 from autoprune.moments.solve import fitted, kept_from_rows, kept_weights, masked_weights, regularised
 from autoprune.structure import Cut
 from autoprune.structure.heads import FewerHeadsAttention
@@ -130,7 +130,7 @@ class Refit:
         self._twice: set[str] = set()
         self._generator = torch.Generator().manual_seed(seed)
         watch = Watch(model, after=self._note)
-        with torch.no_grad(), in_eval_mode(model), _attention_alike(model), watch:
+        with torch.no_grad(), evaluating(model), _attention_alike(model), watch:
             model(inputs)
         for name in self._twice:
             del self._targets[name]
@@ -169,7 +169,7 @@ class Refit:
         norms = [norm for norm in norms if norm.track_running_stats]
         norms = norms if len(self._inputs) > 1 else []  # one sample has no variance
         momenta = [norm.momentum for norm in norms]
-        with in_eval_mode(smaller), _attention_alike(smaller), Watch(smaller, before=fit):
+        with evaluating(smaller), _attention_alike(smaller), Watch(smaller, before=fit):
             for norm in norms:
                 norm.train()
                 norm.momentum = 1.0

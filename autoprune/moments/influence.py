@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoprune.inputs import call
-from autoprune.moments.reading import in_eval_mode
+from autoprune.inputs import call, evaluating
 from autoprune.structure.trace import plain_attention
 from autoprune.structure.tracer import tensors
 
@@ -49,7 +48,7 @@ def influences(
             module.register_forward_hook(_adder(name, sums))
     samples, power = 0, 0.0
     level = torch.zeros(())
-    with torch.enable_grad(), in_eval_mode(copied), plain_attention():
+    with torch.enable_grad(), evaluating(copied), plain_attention():
         for inputs in _parts(batches):
             leaves = _leaves(copied, inputs)
             outputs = [one for one in tensors(call(copied, inputs)) if one.is_floating_point() and one.requires_grad]

@@ -5,8 +5,7 @@ Seen at the dispatcher, so that it does not matter whether a module, a functiona
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Picks", "Use", "Watch", "in_eval_mode"]
+__all__ = ["Picks", "Use", "Watch"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -216,18 +215,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
             return None
         named = self._names.parameters.get(tensor.untyped_storage().data_ptr())
         return None if named is None or tensor.storage_offset() != named[1].storage_offset() else named
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run a network in eval mode, and restore its modules' modes."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _each(value: Sequence[int], dims: int) -> Sequence[int]:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from autoprune.errors import RunError
-from autoprune.moments.reading import Use, Watch, in_eval_mode
+from autoprune.inputs import evaluating
+from autoprune.moments.reading import Use, Watch
 from autoprune.moments.solve import regularised
 from autoprune.structure import Structure
 from autoprune.structure.trace import plain_attention
@@ -144,7 +145,7 @@ class Moments(Mapping[str, LayerMoments]):
         """
         batches = list(batches)
         sums = _Sums(model, wanted, sum(len(inputs) for inputs, _ in batches), each, memory, seed)
-        with in_eval_mode(model), plain_attention():
+        with evaluating(model), plain_attention():
             for inputs, _ in batches[:1]:
                 with sums.glance:
                     model(inputs[:2])

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from autoprune.inputs import evaluating
 from autoprune.moments import Picks, Watch
-from autoprune.moments.reading import in_eval_mode
 from autoprune.structure.trace import plain_attention
 
 
@@ -297,7 +297,7 @@ class TestEvalMode:
         net[2].eval()
 
         def run():
-            with in_eval_mode(net):
+            with evaluating(net):
                 assert not any(module.training for module in net.modules())
                 raise RuntimeError("stop")
 
