@@ -4,7 +4,7 @@
 
 Weights: the published checkpoint of akamaster/pytorch_resnet_cifar10 (91.73 % test top-1). It was trained on all 50,000
 training images, so the validation split, cut from them, is one that it has seen; the test split is read once, at the
-end, for both policies. `--quick` takes fewer candidates, steps and images.
+end, for both policies. `--quick` takes fewer candidates and images, and no full fine-tuning.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import autoprune as ap
 from autoprune import data
 from autoprune.cli import watching
 from autoprune.evaluation import Candidate, measure
+from autoprune.evaluation.candidate import FIDELITIES
 from autoprune.task import FINALISER
 
 
@@ -83,16 +84,15 @@ def _row(
 
 def _table(document: dict[str, Any]) -> str:
     dense = document["dense"]
+    columns = [key for key in (*FIDELITIES, "test") if key in document["picked"]]
     lines = [
-        "| policy | MACs | parameters | recalibrated | short | full | test |",
-        "|---|---|---|---|---|---|---|",
-        f"| dense | {dense['macs']:,} | {dense['params']:,} | | | {dense['accuracy']:.2%} | |",
+        f"| policy | MACs | parameters | {' | '.join(columns)} |",
+        f"|---|---|---|{'---|' * len(columns)}",
+        f"| dense | {dense['macs']:,} | {dense['params']:,} | {dense['accuracy']:.2%} |{' |' * (len(columns) - 1)}",
     ]
     for name in ("uniform", "picked"):
         row = document[name]
-        measured = " | ".join(
-            f"{row[key]:.2%}" if key in row else "" for key in ("recalibrated", "short", "full", "test")
-        )
+        measured = " | ".join(f"{row[key]:.2%}" for key in columns)
         share = row["macs"] / dense["macs"]
         lines.append(f"| {name} | {row['macs']:,} ({share:.1%}) | {row['params']:,} | {measured} |")
     lines.append(
@@ -117,7 +117,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    for name, full, quick in (("candidates", 40, 3), ("finetune_steps", 50, 5), ("epochs", 3, 0)):
+    for name, full, quick in (("candidates", 40, 3), ("finetune_steps", 0, 0), ("epochs", 3, 0)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else full)
     return options
