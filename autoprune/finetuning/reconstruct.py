@@ -21,6 +21,7 @@ from torch import nn
 from autoprune.inputs import evaluating
 from autoprune.moments import LayerMoments, Moments, Picks, Use, Watch
 from autoprune.moments.solve import fitted, kept_from_rows, kept_weights, masked_weights, regularised
+from autoprune.moments.store import as_matrix
 from autoprune.structure import Cut
 from autoprune.structure.heads import FewerHeadsAttention
 from autoprune.structure.trace import plain_attention
@@ -61,7 +62,7 @@ def _solve(
     groups, outputs, width = weight.shape
     kernel = before[layer.weight].shape[2:].numel()
     inputs = kept.get(layer.input_dim, torch.arange(width // kernel))
-    stays = None if zeroed is None else ~_matrix(zeroed, layer.input_dim).to(weight.device)
+    stays = None if zeroed is None else ~as_matrix(zeroed, 1, layer.input_dim)[0].to(weight.device)
     columns = (inputs[:, None] * kernel + torch.arange(kernel)).flatten().to(weight.device)
     rows = kept.get(1 - layer.input_dim, torch.arange(groups * outputs))
     parts: list[torch.Tensor] = []
@@ -110,7 +111,6 @@ class _Target:
     outputs: torch.Tensor
     places: tuple[int, ...]
     first: int
-    centred: bool
 
 
 class Refit:
@@ -143,7 +143,7 @@ class Refit:
         picks = use.picks(len(self._inputs), self._each, self._generator)
         outputs = use.outputs(result, picks)
         places = use.places if use.kernel else ()
-        self._targets[use.weight] = _Target(picks, outputs, places, len(use.inputs), use.bias is not None)
+        self._targets[use.weight] = _Target(picks, outputs, places, len(use.inputs))
 
     @torch.no_grad()
     def __call__(self, smaller: nn.Module, change: Cut) -> None:
@@ -186,20 +186,20 @@ class Refit:
         zeroed: torch.Tensor | None,
     ) -> None:
         weight = parameters[use.weight]
-        there = as_rows(use.rows(target.picks))
+        there = _single(use.rows(target.picks))
         wanted = target.outputs
         if 1 - use.input_dim in kept:
             wanted = wanted[:, kept[1 - use.input_dim].to(wanted.device)]
-        groups, rows, width = there.shape
-        wanted = as_rows(wanted).reshape(rows, groups, -1).transpose(0, 1)
-        old = as_rows(_matrix(weight, use.input_dim)).reshape(groups, -1, width)
+        groups, rows, _ = there.shape
+        wanted = _single(wanted).reshape(rows, groups, -1).transpose(0, 1)
+        old = _single(as_matrix(weight, groups, use.input_dim))
         missing = wanted - there @ old.transpose(1, 2)
         mean, shift = there.mean(1, keepdim=True), missing.mean(1, keepdim=True)
         if use.bias is not None or use.weight in self._norms:
             there, missing = there - mean, missing - shift
         more = fitted(there, missing)
         if zeroed is not None:
-            stays = ~_matrix(zeroed, use.input_dim).to(old.device).reshape(old.shape)
+            stays = ~as_matrix(zeroed, groups, use.input_dim).to(old.device)
             more = _beside_zeros(old.double() + more, there, stays) - old
         new = (old.double() + more).flatten(0, 1)
         weight.copy_((new.T if use.input_dim == 0 else new).reshape(weight.shape))
@@ -232,11 +232,6 @@ def _attention_alike(model: nn.Module) -> Iterator[None]:
             module.__class__ = nn.MultiheadAttention
 
 
-def _matrix(values: torch.Tensor, input_dim: int) -> torch.Tensor:
-    """Return numbers of a weight's shape as `(outputs, inputs · kernel)`."""
-    return values.T if input_dim == 0 else values.flatten(1)
-
-
-def as_rows(values: torch.Tensor) -> torch.Tensor:
+def _single(values: torch.Tensor) -> torch.Tensor:
     """Return at least single precision."""
     return values if values.dtype == torch.float64 else values.float()

@@ -35,7 +35,7 @@ def influences(
 
     Returns:
         Weight → `(outputs,)` float64, relative to the variance of the network's outputs over samples, summed over
-        outputs; layers that run otherwise than as a module are missing.
+        outputs; layers that run otherwise than as a module are missing, and all of a network without gradients.
     """
     copied = copy.deepcopy(model)
     for parameter in copied.parameters():
@@ -52,6 +52,8 @@ def influences(
         for inputs in _parts(batches):
             leaves = _leaves(copied, inputs)
             outputs = [one for one in tensors(call(copied, inputs)) if one.is_floating_point() and one.requires_grad]
+            if not (leaves and outputs):  # code that runs without gradients
+                return {}
             vectors = [torch.randn(one.shape, generator=generator).to(one) for one in outputs]
             total = torch.stack([(one * v).sum() for one, v in zip(outputs, vectors, strict=True)]).sum()
             torch.autograd.grad(total, leaves, allow_unused=True)

@@ -6,7 +6,7 @@ Seen at the dispatcher, so that it does not matter whether a module, a functiona
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,12 +118,6 @@ class _Output:
     alone: bool = True
 
 
-@dataclass(slots=True)
-class _Names:
-    parameters: dict[int, tuple[str, torch.Tensor]] = field(default_factory=dict)
-    norms: dict[int, str] = field(default_factory=dict)
-
-
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Calls back at each use of a weight, while a network runs under it.
 
@@ -143,12 +137,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._before, self._after = before, after
-        self._names = _Names()
+        self._parameters: dict[int, tuple[str, torch.Tensor]] = {}
+        self._statistics: dict[int, str] = {}
         for name, parameter in model.named_parameters():
-            self._names.parameters[parameter.untyped_storage().data_ptr()] = (name, parameter)
+            self._parameters[parameter.untyped_storage().data_ptr()] = (name, parameter)
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                self._names.norms[module.running_mean.data_ptr()] = name
+                self._statistics[module.running_mean.data_ptr()] = name
         self._outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._seen: dict[str, _Output] = {}
         self._sources: defaultdict[str, set[str | None]] = defaultdict(set)
@@ -178,7 +173,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         """Keep in mind what each layer's output goes into."""
         norm = None
         if "batch_norm" in func.__name__ and len(args) > 3 and isinstance(args[3], torch.Tensor):
-            norm = self._names.norms.get(args[3].data_ptr())
+            norm = self._statistics.get(args[3].data_ptr())
         if norm is not None:
             self._sources[norm].add(self._outputs[args[0]].weight if args[0] in self._outputs else None)
         for place, value in enumerate(args):
@@ -213,7 +208,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
     def _named(self, tensor: torch.Tensor | None) -> tuple[str, torch.Tensor] | None:
         if tensor is None:
             return None
-        named = self._names.parameters.get(tensor.untyped_storage().data_ptr())
+        named = self._parameters.get(tensor.untyped_storage().data_ptr())
         return None if named is None or tensor.storage_offset() != named[1].storage_offset() else named
 
 

@@ -81,6 +81,11 @@ class Words(nn.Module):
         return self.fc(self.table(x).mean(1)) @ self.own
 
 
+class Rounded(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
 class TestNetworks:
     def test_attention_and_outputs_in_a_dictionary(self):
         found = of(seeded(Attention), images(3, 4, samples=50), "attention.out_proj.weight", "attention.in_proj_weight")
@@ -93,6 +98,17 @@ class TestNetworks:
         found = of(seeded(Words), inputs, "fc.weight", "own")
         assert list(found) == ["fc.weight"]
         assert (found["fc.weight"] > 0).all()
+
+    def test_code_without_gradients(self):
+        class Frozen(nn.Sequential):
+            @torch.no_grad()
+            def forward(self, x):
+                return super().forward(x)
+
+        assert of(Frozen(nn.Linear(3, 2)).eval(), images(3, samples=20), "0.weight") == {}
+        whole = torch.arange(60).reshape(20, 3)
+        whole_numbers = seeded(lambda: Rounded(nn.Linear(3, 2)))
+        assert of(whole_numbers, whole, "0.weight") == {}
 
     def test_activations_in_place(self):
         net = seeded(lambda: nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(108, 2)))
