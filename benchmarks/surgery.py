@@ -15,9 +15,10 @@ Both remove the same number of channels of every layer: that every tensor of bot
 checked. Which channels differs, and takes no part in the time. The two alternate in one process, and the collector runs
 between. The ratio is of the medians, with the graph's time and without it.
 
-Memory is the growth of the process's resident memory while one candidate is built: at its peak, and what of it stays,
-which is the candidate, its Python objects included. In a fresh process for each, after one candidate was built and
-dropped, with an allocator told to give memory back at once (Linux with glibc).
+Memory, each in a fresh process, after one candidate was built and dropped: what tensors take at most while one
+candidate is built, by torch's own account, beside the candidate's tensors; and the growth of the process's resident
+memory, at its peak and what of it stays, Python objects and pages begun included, with an allocator told to give memory
+back at once (Linux with glibc).
 """
 
 import argparse
@@ -41,6 +42,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from autoprune.structure import Structure, analyse, cut, plan
 
@@ -174,6 +176,7 @@ def memory_of(name: str, way: str, options: argparse.Namespace) -> dict[str, Any
         subject.analyse()
     build = subject.ours if way == "ours" else subject.theirs
     build()  # loads what is loaded once; dropped
+    allocated = allocated_at_peak(build)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # gives back what is free inside the heap, or it would be filled unseen
     before = _resident("VmRSS")
@@ -184,8 +187,17 @@ def memory_of(name: str, way: str, options: argparse.Namespace) -> dict[str, Any
     ctypes.CDLL(None).malloc_trim(0)
     stays = _resident("VmRSS") - before
     tensors = sum(t.numel() * t.element_size() for t in candidate.state_dict().values())
-    grown = {"peak_mb": peak, "stays_mb": stays, "tensors_mb": tensors}
+    grown = {"peak_mb": peak, "stays_mb": stays, "allocated_mb": allocated, "tensors_mb": tensors}
     return {key: round(number / 2**20, 1) for key, number in grown.items()}
+
+
+def allocated_at_peak(build: Callable[[], nn.Module]) -> int:
+    """Return how many bytes of tensors are held at most while something is built, by torch's own account."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        build()
+    results = seen.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [event.nbytes() for event in results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes), default=0)
 
 
 def _resident(key: str) -> int:
@@ -200,8 +212,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the measurements as a Markdown table."""
     lines = [
         "| network | ours, ms | Torch-Pruning, ms | of it copy / graph / removal | ratio | without the graph | "
-        "ours: memory at peak / that stays / of tensors | Torch-Pruning: memory |",
-        "|---|---|---|---|---|---|---|---|",
+        "ours: tensors at peak / of the candidate | Torch-Pruning: the same | "
+        "ours: process at peak / after | Torch-Pruning: the same |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         ms = {
@@ -209,9 +222,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             for key, s in row["seconds"].items()
         }
         parts = " / ".join(f"{1e3 * row['seconds'][key]['median']:.1f}" for key in ("copy", "graph", "remove"))
-        memory = [
-            f"{m['peak_mb']} / {m['stays_mb']} / {m['tensors_mb']} MB" if m else "" for m in row["memory"].values()
-        ]
+        memory = [f"{m['allocated_mb']} / {m['tensors_mb']} MB" if m else "" for m in row["memory"].values()]
+        memory += [f"{m['peak_mb']} / {m['stays_mb']} MB" if m else "" for m in row["memory"].values()]
         cells = [row["network"], ms["ours"], ms["theirs"], parts]
         cells += [f"{row['ratio']} ×", f"{row['ratio_without_graph']} ×", *memory]
         lines.append(f"| {' | '.join(cells)} |")

@@ -37,6 +37,8 @@ class Weakest:
     saliency: torch.Tensor
 
 
+_ON_THE_WAY = 1 << 20  # bytes of a tensor that has lost its rows and is to lose its columns
+
 Removal = Sequence[int] | torch.Tensor | Weakest
 """What goes of one group: elements by number, or the weakest of the weights."""
 
@@ -258,9 +260,26 @@ def _carried(value: Any, parameter: torch.Tensor, name: str, change: Cut) -> Any
 
 
 def _selected(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    for dim in sorted(kept):  # rows first: they are copied whole, and leave less to pick columns from
-        tensor = tensor.index_select(dim, kept[dim].to(tensor.device))
-    return tensor
+    """Return the kept part of a tensor; what is made on the way takes no more than a megabyte, or a row."""
+    if not kept:
+        return tensor
+    *first, last = sorted(kept)  # rows first: they are copied whole, and leave less to pick columns from
+    at_once = len(tensor)
+    if first and first[0] == 0 and last:
+        at_once = max(1, _ON_THE_WAY * len(tensor) // max(1, tensor.numel() * tensor.element_size()))
+    if at_once >= len(tensor):
+        for dim in (*first, last):
+            tensor = tensor.index_select(dim, kept[dim].to(tensor.device))
+        return tensor
+    indices = {dim: index.to(tensor.device) for dim, index in kept.items()}
+    result = tensor.new_empty([len(indices[dim]) if dim in indices else n for dim, n in enumerate(tensor.shape)])
+    for start in range(0, len(result), at_once):
+        some = tensor.index_select(0, indices[0][start : start + at_once])
+        for dim in first[1:]:
+            some = some.index_select(dim, indices[dim])
+        torch.index_select(some, last, indices[last], out=result[start : start + at_once])
+        del some  # before the next are made
+    return result
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -8,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.errors import StructureError
 from autoprune.models import CifarResNet
-from autoprune.structure import Cut, Structure, Weakest, analyse, carry_over, cut, plan, remove
+from autoprune.structure import Cut, Structure, Weakest, analyse, carry_over, cut, plan, remove, surgery
 from autoprune.testing import TinyNet, TinyResNet
 
 
@@ -661,3 +663,27 @@ class TestCarryOver:
         change = self.change(net)
         with pytest.raises(StructureError, match="the optimizer holds a parameter that is not the network's"):
             carry_over(OPTIMIZERS["Adam"](Deep().parameters()), net, cut(net, change), change)
+
+
+class TestSelection:
+    @pytest.mark.parametrize("on_the_way", [1, 200, 1 << 20])
+    @pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+    def test_rows_and_columns_some_at_a_time_are_those_at_once(self, monkeypatch, on_the_way, dims):
+        monkeypatch.setattr(surgery, "_ON_THE_WAY", on_the_way)
+        tensor = torch.arange(10 * 6 * 3.0).reshape(10, 6, 3)
+        kept = {0: torch.tensor([0, 3, 4, 9]), 1: torch.tensor([1, 5]), 2: torch.tensor([0, 2])}
+        expected = tensor
+        for dim in dims:
+            expected = expected.index_select(dim, kept[dim])
+        assert torch.equal(surgery._selected(tensor, {dim: kept[dim] for dim in dims}), expected)
+
+    def test_building_takes_the_candidate_s_tensors_and_a_megabyte(self):
+        net = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 4))
+        structure = analyse(net, torch.randn(2, 64))
+        change = plan(net, structure, {group.name: range(group.size // 2) for group in structure.groups})
+        candidate = cut(net, change)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            cut(net, change)
+        changes = [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+        tensors = sum(p.numel() * p.element_size() for p in candidate.parameters())
+        assert tensors <= max(itertools.accumulate(changes)) <= tensors + (1 << 20)
