@@ -4,10 +4,12 @@ import json
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, final
 
 import numpy as np
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -18,7 +20,7 @@ import autoprune
 from autoprune import bounds, data, export, models, registry
 from autoprune.cost import count
 from autoprune.errors import AutopruneError, ConfigError, RunError, WeightsError
-from autoprune.evaluation import measure
+from autoprune.evaluation import chosen, measure
 from autoprune.finetuning import Recipe, train
 from autoprune.preparation import Prepared, prepare
 from autoprune.progress import Progress, Silent
@@ -111,6 +113,14 @@ Recover = Annotated[
     ),
 ]
 MomentsMemory = Annotated[float, typer.Option(help="GB that the moments of the layers' inputs may take.")]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help="What candidates run in: float32, bfloat16, or auto (the fastest here that agrees with float32). "
+        "Final numbers are in float32.",
+    ),
+]
 Units = Annotated[
     str,
     typer.Option(
@@ -199,8 +209,24 @@ def _trained(task: Task, *, epochs: int, lr: float, batch_size: int, seed: int, 
     def step(done: int, loss: float) -> None:
         progress.step(done, f"loss {loss:.3f}")
 
-    with suited_threads(count(model, task.example_input).cost.macs):
-        train(model, batches, steps, recipe=recipe, loss=task.loss, seed=derive(seed, "baseline"), progress=step)
+    macs = count(model, task.example_input).cost.macs
+    precision = chosen(task, model, macs).training
+    if precision.channels_last:
+        model.to(memory_format=torch.channels_last)
+    device = task.example_input.device
+    placed = precision.placed(batches, device)
+    running = partial(precision.running, device)
+    with suited_threads(macs):
+        train(
+            model,
+            placed,
+            steps,
+            recipe=recipe,
+            loss=task.loss,
+            seed=derive(seed, "baseline"),
+            running=running,
+            progress=step,
+        )
     progress.end()
     return model
 
@@ -250,6 +276,7 @@ def search(
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
     moments_memory: MomentsMemory = 2.0,
+    precision: PrecisionOption = "auto",
     criterion: Criterion = "l1",
     sensitivity: Annotated[
         str, typer.Option(help="Sparsities at which every group is measured first; empty for none.")
@@ -287,6 +314,7 @@ def search(
         "recover": recover,
         "calibration_images": calibration_images,
         "moments_memory": moments_memory,
+        "precision": precision,
         "criterion": criterion,
         "sensitivity": _numbers(sensitivity),
         "units": _names(units),
@@ -330,6 +358,7 @@ def sensitivity(
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
     moments_memory: MomentsMemory = 2.0,
+    precision: PrecisionOption = "auto",
     analytic: Annotated[
         bool, typer.Option("--analytic", help="Predict the curves from moments alone, in seconds, and measure nothing.")
     ] = False,
@@ -359,6 +388,7 @@ def sensitivity(
             recover=recover,
             calibration_images=calibration_images,
             moments_memory=moments_memory,
+            precision=precision,
             seed=seed,
         )
         source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)

@@ -72,7 +72,8 @@ class PrunedNetwork:
         model = cut(self.model, Cut())
         seed = derive(self._evaluator.seed, "full fine-tuning", self.candidate.id)
         self._evaluator.train(model, steps, settings, seed, self.candidate.removed, progress)
-        measured = self._evaluator.bench.measure(model).summary("full")
+        bench = self._evaluator.bench
+        measured = bench.measure(model, bench.precision.full).summary("full")
         return PrunedNetwork(self._evaluator, self.candidate, model, measured, self.rule)
 
     def test(self) -> tuple[Measurement, Measurement]:

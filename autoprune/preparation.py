@@ -13,9 +13,9 @@ from autoprune.bounds import parse_bounds
 from autoprune.cost import CostModel, FeasibleSet, LatencyTable, count
 from autoprune.data import Batch
 from autoprune.errors import TaskError, UncountedOperatorWarning
-from autoprune.evaluation import Evaluator, Ledger, Workbench
+from autoprune.evaluation import Choice, Evaluator, Ledger, Workbench
 from autoprune.moments import Moments, influences, readers_of
-from autoprune.run import RunFolder
+from autoprune.run import RunFolder, write_json
 from autoprune.scoring import Evidence, removal_orders
 from autoprune.seeds import derive
 from autoprune.settings import SearchSettings
@@ -64,8 +64,8 @@ def prepare(task: Task, settings: SearchSettings, folder: RunFolder | None = Non
     Args:
         task: What the user brought.
         settings: How to search.
-        folder: Where the latency table, which a budget on latency needs, and the moments are read from, or written to
-            if they are not there. A search that goes on must price and order policies as it did before.
+        folder: Where the precision, the latency table, which a budget on latency needs, and the moments are read from,
+            or written to if they are not there. A search that goes on must price, order and measure policies as before.
 
     Raises:
         StructureError: The network's dependencies can't be traced.
@@ -105,9 +105,18 @@ def prepare(task: Task, settings: SearchSettings, folder: RunFolder | None = Non
     criterion = registry.resolve("criterion", settings.criterion)()
     with suited_threads(costs.dense.macs):
         scores = criterion.score(task.fresh_model().eval(), structure, evidence)
+    chosen = folder is not None and folder.precision.exists() and Choice.of(folder.read(folder.precision))
     bench = Workbench(
-        task, structure, removal_orders(scores), settings.calibration_images, settings.seed, settings.recover
+        task,
+        structure,
+        removal_orders(scores),
+        settings.calibration_images,
+        settings.seed,
+        settings.recover,
+        chosen or settings.precision,
     )
+    if folder is not None and not chosen:
+        write_json(folder.precision, bench.choice.to_dict())
     return Prepared(task, settings, structure, costs, feasible, bench, evidence)
 
 

@@ -298,7 +298,10 @@ def rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNetw
             f"candidate {candidate.id} was measured at {candidate.accuracy:.4f}, but its network, rebuilt from its "
             f"seed, at {again:.4f}; is this the same data, machine and version?"
         )
-    return PrunedNetwork(evaluator, candidate, model, measurements[-1], rule)
+    precise = measurements[-1]
+    if evaluator.bench.precision.dtype != "float32":
+        precise = evaluator.bench.measure(model, evaluator.bench.precision.full).summary(precise.fidelity)
+    return PrunedNetwork(evaluator, candidate, model, precise, rule)
 
 
 def point_of(candidate: Candidate) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.sensitivity = self.path / "sensitivity.json"
+        self.precision = self.path / "precision.json"
         self.latency = self.path / "latency.json"
         self.moments = self.path / "moments.safetensors"
         self.ledger = self.path / "ledger.jsonl"

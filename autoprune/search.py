@@ -200,7 +200,7 @@ class _Search:
         """Measure the dense network as it is and through the pipeline, and say what the search will cost."""
         bench = self.prepared.bench
         started = time.monotonic()
-        dense = bench.measure(bench.model).summary("dense")
+        dense = bench.dense.summary("dense")
         passing = time.monotonic() - started
         if not dense.accuracy > 0:
             raise TaskError(
@@ -208,6 +208,7 @@ class _Search:
                 f"{dense.accuracy:g}; are these its weights, its classes and its normalisation?"
             )
         self.progress.line(self._feasibility())
+        self.progress.line(f"candidates are {bench.choice}")
         started = time.monotonic()
         model = bench.recovered({})
         recovering = time.monotonic() - started

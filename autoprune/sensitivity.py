@@ -288,7 +288,7 @@ def analyse(
         raise ConfigError(f"a shard i/n has 1 <= i <= n, but got {shard[0] + 1}/{shard[1]}")
     digest = bench.task.digest()
     settings = conditions(bench.task, settings)
-    dense = bench.measure(bench.model)
+    dense = bench.dense
     rows = tuple(_rows(bench.structure, costs, predicted))
     report = SensitivityReport(digest, settings, dense.summary("dense"), rows)
     if path.exists():

@@ -8,7 +8,7 @@ from typing import Any, Self
 from autoprune import registry
 from autoprune.cost import Budget
 from autoprune.errors import ConfigError, UnknownNameError
-from autoprune.evaluation import RUNGS, Recovery
+from autoprune.evaluation import PRECISIONS, RUNGS, Recovery
 from autoprune.finetuning import Recipe
 from autoprune.structure.analysis import KINDS
 from autoprune.structure.weights import WeightKind
@@ -33,6 +33,8 @@ class SearchSettings:
         finetune_steps: Gradient steps of short fine-tuning for every candidate. None by default: reconstructed,
             policies rank as well without (`benchmarks/closed_form.md`), and the picked one is fine-tuned afterwards.
         lr: Peak learning rate of short fine-tuning.
+        precision: What candidates are fine-tuned and measured in: "auto" (the fastest that agrees with float32 on this
+            machine), "float32" or "bfloat16". Final numbers are in float32.
         calibration_images: Augmented training images that batch-norm statistics and fits are made from.
         moments_memory: Bytes, in GB, that the moments of the layers' inputs may take.
         sensitivity: Sparsities at which every group is measured before the search; empty for no analysis.
@@ -60,6 +62,7 @@ class SearchSettings:
     recover: str = "reconstructed"
     finetune_steps: int = 0
     lr: float = 0.01
+    precision: str = "auto"
     calibration_images: int = 2000
     moments_memory: float = 2.0
     sensitivity: tuple[float, ...] = (0.25, 0.5, 0.75)
@@ -101,12 +104,14 @@ class SearchSettings:
             )
         if self.recover not in RUNGS:
             raise UnknownNameError("recovery", self.recover, RUNGS)
+        if self.precision not in PRECISIONS:
+            raise UnknownNameError("precision", self.precision, PRECISIONS)
         for name in ("lr", "time_limit", "moments_memory"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"`{name} > 0` must hold, but got {name}={getattr(self, name)}")
 
     def _check_types(self) -> None:
-        texts = ("budget", "agent", "space", "criterion", "recover")
+        texts = ("budget", "agent", "space", "criterion", "recover", "precision")
         wholes = ("candidates", "multiple", "control", "finetune_steps", "calibration_images", "seed")
         numbers = ("max_drop", "lr", "max_sparsity", "time_limit", "moments_memory")
         optional = ("budget", "max_drop", "control", "time_limit")
@@ -148,7 +153,7 @@ class SearchSettings:
     @property
     def measured_with(self) -> dict[str, Any]:
         """What sensitivity cells depend on."""
-        names = ("criterion", "recover", "calibration_images", "seed", "units", "multiple", "normalised")
+        names = ("criterion", "recover", "precision", "calibration_images", "seed", "units", "multiple", "normalised")
         values = {name: getattr(self, name) for name in names}
         return values | {"units": list(self.units)}
 

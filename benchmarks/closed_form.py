@@ -10,7 +10,8 @@ fine-tuning. Kendall's tau of each rung with the last, with a bootstrap interval
 better half of them, and the seconds that a rung takes after what is made once.
 
 `table`: uniform, the policy of least predicted loss (nothing evaluated) and the one of least measured loss (three cells
-a group), with elements in L1 and in OBS order, at half of the MACs, at the same rungs, for several seeds.
+a group, found with the first seed), with elements in L1 and in OBS order, at half of the MACs, at the same rungs, for
+several seeds of moments, fits and fine-tuning.
 
 Accuracies are on 5,000 test images, which take no part in anything else: checkpoints have seen all training images.
 Lines that the file holds are not measured again.
@@ -67,7 +68,7 @@ class Bench:
         models.load_weights(model, options.weights)
         images = data.subset(source.test, torch.arange(options.images))
         task = ap.Task(model, train=source.train, val=images, augment=source.augment)
-        settings = SearchSettings(budget=options.budget, criterion=criterion, seed=seed)
+        settings = SearchSettings(budget=options.budget, criterion=criterion, seed=seed, precision=options.precision)
         started = time.perf_counter()
         self.prepared: Prepared = prepare(task, settings)
         self.moments = self.prepared.evidence.moments(self.prepared.bench.model, self.prepared.structure)
@@ -160,6 +161,7 @@ def rank(options: argparse.Namespace) -> None:
         cost = bench.prepared.costs.cost(bench.prepared.structure.removed(policy)).macs
         share = cost / bench.prepared.costs.dense.macs
         row = {"kind": kind, "id": policy.id, "macs": share, **bench.measure(policy)}
+        row["precision"] = str(bench.prepared.bench.choice)
         rows.append(row)
         _append(options.out, row)
     for kind in ("equal", "mixed"):
@@ -217,9 +219,12 @@ def table(options: argparse.Namespace) -> None:
             bench = Bench(options, criterion, seed)
             for name in sorted(wanted - done):
                 started = time.perf_counter()
-                policy = _policy(bench, name, options.out.with_suffix(f".{seed}.json"))
+                known = [row["sparsities"] for row in rows if row["policy"] == name == "measured"]
+                cells = options.out.with_suffix(".sensitivity.json")
+                policy = Policy(known[0]) if known else _policy(bench, name, cells)
                 choosing = time.perf_counter() - started
                 row = {"seed": seed, "criterion": criterion, "policy": name, "choosing": choosing, "once": bench.once}
+                row |= {"precision": str(bench.prepared.bench.choice), "sparsities": dict(policy)}
                 row |= bench.measure(policy)
                 rows.append(row)
                 _append(options.out, row)
@@ -280,6 +285,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--budget", default="macs<=50%")
     parser.add_argument("--images", type=int, default=5000, help="test images that accuracies are measured on")
     parser.add_argument("--policies", type=int, default=40, help="of each of both kinds")
+    parser.add_argument("--precision", default="auto", help="of measuring and fine-tuning; auto, float32 or bfloat16")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True, help="a line for every policy; goes on where it stopped")
     parser.add_argument("--show", action="store_true", help="measure nothing, print what the file holds")

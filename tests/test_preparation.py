@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoprune.errors import RunError
+from autoprune.errors import RunError, UnknownNameError
+from autoprune.evaluation import Precision
 from autoprune.moments import Moments
 from autoprune.preparation import prepare
 from autoprune.run import RunFolder
@@ -24,6 +25,22 @@ def make_task() -> Task:
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
+
+
+class TestPrecision:
+    def test_it_is_chosen_once(self, folder: RunFolder) -> None:
+        prepared = prepare(make_task(), SearchSettings(precision="bfloat16"), folder)
+        assert prepared.bench.precision == Precision("bfloat16", True)
+        again = prepare(make_task(), SearchSettings(precision="auto"), folder)  # what is written down counts
+        assert again.bench.choice == prepared.bench.choice
+
+    def test_without_a_folder(self) -> None:
+        bench = prepare(make_task(), SearchSettings()).bench
+        assert (bench.precision, bench.choice.trials) == (Precision("float32", True), ())
+
+    def test_one_that_does_not_exist(self) -> None:
+        with pytest.raises(UnknownNameError, match="int8"):
+            SearchSettings(precision="int8")
 
 
 class TestMoments:

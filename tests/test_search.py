@@ -266,7 +266,7 @@ def test_the_config_holds_everything_resolved(done: Done) -> None:
         **{"agent": "tpe", "space": "group", "max_drop": None, "criterion": "l1"},
         **{"sensitivity": [0.25, 0.5, 0.75], "max_sparsity": 0.9, "bounds": {}},
         **{"units": ["channels", "heads"], "multiple": 1, "normalised": False},
-        **{"recover": "reconstructed", "moments_memory": 2.0},
+        **{"recover": "reconstructed", "moments_memory": 2.0, "precision": "auto"},
     }
     assert {"python", "torch", "optuna", "autoprune"} <= config["versions"].keys()
 
@@ -404,13 +404,14 @@ def test_no_sample_of_the_test_split_is_read(tmp_path: Path, light: None) -> Non
 
 
 def test_it_says_first_what_can_be_reached_and_what_it_will_cost(done: Done) -> None:
-    table, preview, predicted = done.watcher.lines
+    table, precision, preview, predicted = done.watcher.lines
     rows = table.splitlines()
     macs = [cell.replace(",", "") for cell in rows[1].split()]
     dense = done.result.dense["macs"]
     assert macs[:2] == ["macs", str(dense)]
     assert macs[-1] == f"{dense / 2:.0f}"
     assert rows[-1] == "3 groups can be pruned; locked: fc (its elements are the network's output)"
+    assert precision == "candidates are measured in float32 channels-last"
     assert preview.startswith("at most 9 sensitivity cells of ")
     assert " and 10 evaluations of " in preview
     assert predicted.startswith("predicted the loss of every policy from moments in ")
@@ -682,7 +683,7 @@ def test_at_the_time_limit_the_best_so_far_is_handed_back(
     assert 5 <= result.summary["evaluations"] <= 6  # uniform at the picked candidate's cost may be one more
     assert result.summary["picked"]["accuracy"] == max(c.accuracy for c in result.candidates)
     assert f"stopped after {had} of 50 candidates: time limit" in watcher.lines
-    assert watcher.lines[1].endswith(", stopped after 16.7 min")
+    assert watcher.lines[2].endswith(", stopped after 16.7 min")
 
 
 def test_the_analysis_gets_half_of_the_time(tmp_path: Path, light: None, clock: list[float]) -> None:

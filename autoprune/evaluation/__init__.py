@@ -4,17 +4,22 @@ from autoprune.evaluation.candidate import RUNGS, Candidate, Measurement
 from autoprune.evaluation.evaluator import TIME_LIMIT, Arm, Evaluator, Recovery, Workbench
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
+from autoprune.evaluation.precision import PRECISIONS, Choice, Precision, chosen
 
 __all__ = [
+    "PRECISIONS",
     "RUNGS",
     "TIME_LIMIT",
     "Arm",
     "Candidate",
+    "Choice",
     "Evaluator",
     "Ledger",
     "Measurement",
+    "Precision",
     "Recovery",
     "Samples",
     "Workbench",
+    "chosen",
     "measure",
 ]

@@ -8,16 +8,18 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 
 from autoprune.cost import CostModel, count
+from autoprune.data import Batch
 from autoprune.errors import DivergedError, SearchOver
 from autoprune.evaluation.candidate import Candidate, Measurement
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
+from autoprune.evaluation.precision import Choice, Precision, chosen
 from autoprune.finetuning import Recipe, Refit, recalibrate, train
 from autoprune.policy import Policy
 from autoprune.scoring import Orders
@@ -62,8 +64,14 @@ class Workbench:
         calibration_images: How many augmented training images batch-norm statistics are made from.
         seed: Of the calibration images.
         rung: How candidates are recovered first: "recalibrated" or "reconstructed".
+        precision: What candidates are trained and measured in: "float32" (channels-last for images), "bfloat16", "auto"
+            (the fastest that agrees, see `autoprune.evaluation.precision`; small networks stay in float32), or what was
+            chosen before.
 
     Attributes:
+        device: The network's.
+        choice: What candidates are measured and trained in, and what it was chosen from.
+        precision: What they are measured in.
         model: The dense network, in eval mode.
         macs: Its multiply-adds for one sample, which decide how many threads work (see `autoprune.threads`).
     """
@@ -76,6 +84,7 @@ class Workbench:
         calibration_images: int,
         seed: int,
         rung: str = "reconstructed",
+        precision: str | Choice = "float32",
     ) -> None:
         self.task = task
         self.structure = structure
@@ -86,23 +95,21 @@ class Workbench:
         self.macs = dense.macs
         self._at_once = max(_FEWEST_FITTED, min(_MOST_FITTED, _FITTED_MEMORY // max(1, dense.activations)))
         self._seed = derive(seed, "fitted rows")
-        self._spatial = task.example_input.dim() == 4
-        if self._spatial:
-            self.model.to(memory_format=torch.channels_last)
-        self._device = next(iter(self.model.parameters())).device
+        self.device = next(iter(self.model.parameters())).device
+        self.choice = precision if isinstance(precision, Choice) else chosen(task, self.model, self.macs, precision)
+        self.precision = self.choice.precision
+        if task.example_input.dim() == 4:
+            layout = torch.channels_last if self.precision.channels_last else torch.contiguous_format
+            self.model.to(memory_format=layout)
         self._calibration = list(
             self.placed(task.calibration_batches(calibration_images, 250, derive(seed, "calibration")))
         )
         size = task.n_val * task.example_input.numel() * task.example_input.element_size()
         self._val = list(self.placed(task.val_batches(500))) if size <= _IN_MEMORY else None
 
-    def placed(
-        self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def placed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches on the network's device, in its memory layout."""
-        for inputs, targets in batches:
-            layout = torch.channels_last if self._spatial else torch.contiguous_format
-            yield inputs.to(self._device, memory_format=layout), targets.to(self._device)
+        return self.precision.placed(batches, self.device)
 
     @property
     def calibration(self) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
@@ -129,8 +136,7 @@ class Workbench:
     def _refit(self) -> Refit:
         enough = -(-self._at_once // max(1, len(self._calibration[0][0])))
         images = torch.cat([inputs for inputs, _ in self._calibration[:enough]])[: self._at_once]
-        if self._spatial:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = self.precision.place(images, self.device)
         return Refit(self.model, images, each=max(_FITTED_EACH, _FITTED_ROWS // len(images)), seed=self._seed)
 
     def recover(self, model: nn.Module, change: Cut) -> None:
@@ -146,11 +152,21 @@ class Workbench:
             else:
                 self._refit(model, change)
 
-    def measure(self, model: nn.Module) -> Samples:
-        """Measure a network on the validation split."""
+    def measure(self, model: nn.Module, precision: Precision | None = None) -> Samples:
+        """Measure a network on the validation split.
+
+        Args:
+            model: The network.
+            precision: By default the one that candidates are measured in.
+        """
+        batches = self.placed(self.task.val_batches()) if self._val is None else self._val
         with suited_threads(self.macs):
-            batches = self.placed(self.task.val_batches()) if self._val is None else self._val
-            return measure(model, batches, self.task.metric, self.task.loss)
+            return measure(model, batches, self.task.metric, self.task.loss, precision or self.precision)
+
+    @cached_property
+    def dense(self) -> Samples:
+        """What the dense network does on the validation split."""
+        return self.measure(self.model)
 
 
 class Evaluator:
@@ -243,7 +259,17 @@ class Evaluator:
         zeroed = [name for name in zeroed if name in dict(model.named_parameters())]
         batches = self.bench.placed(task.train_batches(recipe.batch_size, seed))
         with suited_threads(self.bench.macs):
-            train(model, batches, steps, recipe=recipe, loss=task.loss, seed=seed, zeroed=zeroed, progress=progress)
+            train(
+                model,
+                batches,
+                steps,
+                recipe=recipe,
+                loss=task.loss,
+                seed=seed,
+                zeroed=zeroed,
+                running=partial(self.bench.choice.training.running, self.bench.device),
+                progress=progress,
+            )
 
 
 class Arm:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from autoprune.evaluation.candidate import Measurement
+from autoprune.evaluation.precision import Precision
 from autoprune.inputs import evaluating
 
 __all__ = ["Samples", "measure"]
@@ -49,6 +50,7 @@ def measure(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     metric: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    precision: Precision | None = None,
 ) -> Samples:
     """Run a network over a split in eval mode; the mode of every module is restored.
 
@@ -57,11 +59,15 @@ def measure(
         batches: `(inputs, targets)`; the last may be short, since samples are counted and not batches.
         metric: Per-sample score, `(outputs, targets) -> (n,)`.
         loss: Per-sample loss, `(outputs, targets) -> (n,)`.
+        precision: What it runs in; as it is by default. Outputs are at least float32.
     """
+    precision = precision or Precision()
     scores, losses = [], []
     with evaluating(model):
         for inputs, targets in batches:
-            outputs = model(inputs)
+            with precision.running(inputs.device):
+                outputs = model(inputs)
+            outputs = outputs.float() if precision.dtype != "float32" else outputs
             scores.append(metric(outputs, targets).cpu().double())
             losses.append(loss(outputs, targets).cpu().double())
     return Samples(torch.cat(scores), torch.cat(losses))

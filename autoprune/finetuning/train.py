@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,9 @@ from autoprune.seeds import seeded_torch
 from autoprune.structure.masks import hold_zeros
 
 __all__ = ["Recipe", "one_cycle", "train"]
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ def train(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     seed: int,
     zeroed: Sequence[str] = (),
+    running: Callable[[], AbstractContextManager[Any]] = nullcontext,
     progress: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train a network in place for a number of steps, and leave it in eval mode.
@@ -57,6 +63,7 @@ def train(
         loss: Per-sample loss, `(outputs, targets) -> (n,)`.
         seed: Of dropout and its like; the order of the data is the batches' own.
         zeroed: Names of the parameters whose zeros stay zero (see `autoprune.structure.masks.hold_zeros`).
+        running: What the forward pass runs under, as in `torch.autocast`; the loss is of outputs in float32 at least.
         progress: Called after every step with the steps done and the step's loss.
 
     Raises:
@@ -75,7 +82,9 @@ def train(
                     settings["lr"] = recipe.lr * one_cycle((step + 1) / steps, recipe.warmup)
                 inputs, targets = next(batches)
                 optimizer.zero_grad(set_to_none=True)
-                value = loss(model(inputs), targets).mean()
+                with running():
+                    outputs = model(inputs)
+                value = loss(outputs.float() if outputs.dtype in _HALF else outputs, targets).mean()
                 if not math.isfinite(value.item()):
                     raise DivergedError(f"the loss is {value.item()} at fine-tuning step {step + 1} of {steps}")
                 value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -1,0 +1,202 @@
+"""In which precision candidates run: the choice by a clock of our own, networks that rounding changes, what follows."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autoprune.evaluation import Choice, Evaluator, Precision, Recovery, Workbench, chosen, measure, precision
+from autoprune.evaluation.precision import Trial, choose
+from autoprune.finetuning import Recipe
+from autoprune.policy import Policy
+from autoprune.result import rebuild
+from autoprune.task import Task, cross_entropy, top1
+
+pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+
+PLAIN, LAST, HALF = Precision(), Precision("float32", True), Precision("bfloat16", True)
+
+
+def clock(*seconds: float) -> Callable[[], float]:
+    """Return a clock by which what is timed takes these seconds, one after the other."""
+
+    def ticks() -> Iterator[float]:
+        now = 0.0
+        for duration in seconds:
+            yield now
+            now += duration
+            yield now
+
+    times = ticks()
+    return lambda: next(times)
+
+
+def timed(plain: float, last: float, half: float, *training: float) -> Callable[[], float]:
+    """Return a clock for passes (two each) and then training steps (three each) of these seconds."""
+    passes = [second for second in (plain, last, half) for _ in range(2)]
+    return clock(*passes, *(second for second in training for _ in range(3)))
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return make()
+
+
+def convolutional(*more: nn.Module) -> nn.Module:
+    return seeded(lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), *more, nn.Flatten(), nn.Linear(4 * 36, 4)))
+
+
+IMAGES = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+CLASSES = torch.arange(20) % 4
+
+
+def choice(times: Callable[[], float], model: nn.Module | None = None) -> Choice:
+    return choose(convolutional() if model is None else model, IMAGES, CLASSES, top1, cross_entropy, times)
+
+
+class TestChoice:
+    def test_the_fastest_that_agrees(self):
+        found = choice(timed(4.0, 2.0, 1.0, 6.0, 3.0))
+        assert (found.precision, found.training) == (HALF, HALF)
+        assert [(t.precision, t.seconds, t.training) for t in found.trials] == [
+            (PLAIN, 200.0, 0.0),
+            (LAST, 100.0, 300.0),
+            (HALF, 50.0, 150.0),
+        ]
+
+    @pytest.mark.parametrize(
+        ("times", "expected"),
+        [
+            (timed(4.0, 2.0, 1.7, 6.0, 6.0), LAST),  # hardly faster
+            (timed(2.0, 4.0, 1.7, 6.0), PLAIN),
+            (timed(2.0, 4.0, 1.5, 6.0, 6.0), HALF),
+            (timed(1.0, 1.0, 3.0, 6.0), PLAIN),
+        ],
+    )
+    def test_no_rounding_for_a_gain_within_the_noise(self, times, expected):
+        assert choice(times).precision == expected
+
+    def test_training_is_chosen_for_itself(self):
+        found = choice(timed(4.0, 4.0, 1.0, 1.0, 2.0))
+        assert (found.precision, found.training) == (HALF, LAST)
+
+    def test_what_decides_otherwise_is_not_chosen_to_measure(self):
+        class Close(nn.Module):
+            """Classes a hair apart, which bfloat16 can't tell from each other."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.last = nn.Parameter(torch.tensor([1.0, 1.0, 1.0, 1.0001])[:, None].repeat(1, 64))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return nn.functional.linear(x.flatten(1).abs() + 1, self.last)
+
+        found = choice(timed(9.0, 9.0, 1.0, 9.0, 1.0), Close())
+        assert found.precision.dtype == "float32"
+        assert found.trials[-1].differs == 1.0
+        assert found.training.dtype == "float32"  # of the layout that measures fastest, where bfloat16 was not tried
+
+    def test_a_network_that_bfloat16_breaks(self):
+        class Strict(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                if x.dtype != torch.float32:
+                    raise RuntimeError("expected scalar type Float")
+                return x
+
+        found = choice(clock(*[4.0] * 4, *[1.0] * 3), convolutional(Strict()))
+        assert (found.precision, found.training) == (PLAIN, PLAIN)
+        assert found.trials[-1].failure == "fails: expected scalar type Float"
+        assert "bfloat16 channels-last fails: expected scalar type Float" in str(found)
+
+    def test_a_network_that_does_not_run_at_all_says_so(self):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            choice(clock(), seeded(lambda: nn.Linear(3, 3)))
+
+    def test_what_is_not_finite_while_training_is_not_trained_in(self):
+        class Overflows(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x * (torch.inf if x.dtype == torch.bfloat16 and self.training else 1.0)
+
+        found = choice(timed(4.0, 4.0, 1.0, 9.0, 1.0), convolutional(Overflows()))
+        assert (found.precision, found.training) == (HALF, LAST)
+
+    def test_inputs_that_are_no_images_have_one_layout(self):
+        model, inputs = seeded(lambda: nn.Linear(6, 4)), torch.ones(9, 6)
+        found = choose(model, inputs, torch.zeros(9).long(), top1, cross_entropy, clock(*[1.0] * 10))
+        assert [trial.precision for trial in found.trials] == [PLAIN, Precision("bfloat16", False)]
+
+    def test_written_and_read(self):
+        found = choice(timed(4.0, 2.0, 1.0, 6.0, 3.0))
+        assert Choice.of(found.to_dict()) == found
+
+    def test_in_words(self):
+        trials = (Trial(LAST, 1.0, 0.0, 3.0), Trial(HALF, 0.5, 0.002, 4.0))
+        assert str(Choice(HALF, LAST, trials)) == (
+            "measured in bfloat16 channels-last, trained in float32 channels-last (a thousand samples: float32 "
+            "channels-last 1.00 s, training 3.00 s; bfloat16 channels-last 0.50 s, training 4.00 s, 0.2% differ)"
+        )
+
+
+class TestChosen:
+    def test_small_networks_are_not_timed(self, task: Task, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(precision, "choose", None)
+        assert chosen(task, task.model, 10_000) == Choice(LAST, LAST)
+
+    def test_by_name(self, task: Task):
+        assert chosen(task, task.model, 10**9, "bfloat16") == Choice(HALF, HALF)
+        assert chosen(task, task.model, 10**9, "float32") == Choice(LAST, LAST)
+
+    def test_large_networks_are_timed_on_validation_samples(self, task: Task):
+        task.model.zero_grad()
+        before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+        found = chosen(task, task.model, 10**9)
+        assert [trial.precision for trial in found.trials] == [PLAIN, LAST, HALF]
+        assert all(trial.seconds > 0 for trial in found.trials)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
+        assert all(parameter.grad is None for parameter in task.model.parameters())
+
+
+class TestRunning:
+    def test_outputs_reach_the_metric_in_float32(self, task: Task):
+        seen = []
+
+        def metric(outputs: Tensor, targets: Tensor) -> Tensor:
+            seen.append(outputs.dtype)
+            return top1(outputs, targets)
+
+        rounded = measure(task.model, task.val_batches(50), metric, cross_entropy, HALF)
+        exact = measure(task.model, task.val_batches(50), metric, cross_entropy)
+        assert set(seen) == {torch.float32}
+        assert 0 < float((rounded.losses - exact.losses).abs().max()) < 0.1
+
+    def test_weights_are_trained_in_float32(self, task: Task, make_evaluator: Callable[..., Evaluator]):
+        evaluator = make_evaluator(task, Recovery(200, 3, Recipe(lr=0.05)))
+        exact, _ = evaluator.recovered(Policy({}))
+        evaluator.bench.choice = Choice(LAST, HALF)
+        rounded, _ = evaluator.recovered(Policy({}))
+        pairs = list(zip(exact.parameters(), rounded.parameters(), strict=True))
+        assert all(b.dtype == torch.float32 for _, b in pairs)
+        assert any(not torch.equal(a, b) for a, b in pairs)
+        assert all(torch.allclose(a, b, atol=0.02) for a, b in pairs)
+
+    def test_the_numbers_of_the_picked_network_are_float32(self, task: Task, make_evaluator: Callable[..., Evaluator]):
+        plain = make_evaluator(task).bench
+        bench = Workbench(task, plain.structure, plain.orders, 200, 0, precision="bfloat16")
+        evaluator = Evaluator(bench, make_evaluator(task).costs, Recovery(200, 0), make_evaluator(task).ledger, 0)
+        policy = plain.structure.policy({group.name: group.size // 2 for group in plain.structure})
+        candidate = evaluator.evaluate(policy, arm="search", agent="tpe")
+        picked = rebuild(evaluator, candidate, "the only one")
+        exact = measure(picked.model, bench.placed(task.val_batches()), top1, cross_entropy).summary("reconstructed")
+        assert picked.measured == exact
+        assert candidate.measurements[0].loss != exact.loss
+
+
+def test_batches_are_placed_in_the_layout() -> None:
+    batches = [(torch.zeros(2, 3, 4, 5), torch.zeros(2)), (torch.zeros(2, 3), torch.zeros(2))]
+    placed = list(HALF.placed(batches, torch.device("cpu")))
+    assert placed[0][0].is_contiguous(memory_format=torch.channels_last)
+    assert [inputs.dtype for inputs, _ in placed] == [torch.float32] * 2
+    assert list(itertools.chain(*(inputs.shape for inputs, _ in placed))) == [2, 3, 4, 5, 2, 3]
