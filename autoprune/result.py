@@ -286,22 +286,19 @@ def predicted(folder: RunFolder, chosen: Candidate) -> dict[str, float] | None:
 
 
 def rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNetwork:
-    """Return a candidate's network, built and recovered as when it was measured.
+    """Return a candidate's network, built and recovered as when it was measured, with its numbers in float32.
 
     Raises:
         RunError: It measures something else now.
     """
-    model, measurements = evaluator.recovered(candidate.policy)
-    again = measurements[-1].accuracy
+    model, (measured,) = evaluator.recovered(candidate.policy, final=True)
+    again = measured.accuracy
     if not math.isclose(again, candidate.accuracy, abs_tol=2 * candidate.accuracy_se + 1e-9):
         raise RunError(
             f"candidate {candidate.id} was measured at {candidate.accuracy:.4f}, but its network, rebuilt from its "
             f"seed, at {again:.4f}; is this the same data, machine and version?"
         )
-    precise = measurements[-1]
-    if evaluator.bench.precision.dtype != "float32":
-        precise = evaluator.bench.measure(model, evaluator.bench.precision.full).summary(precise.fidelity)
-    return PrunedNetwork(evaluator, candidate, model, precise, rule)
+    return PrunedNetwork(evaluator, candidate, model, measured, rule)
 
 
 def point_of(candidate: Candidate) -> dict[str, Any]:

@@ -211,7 +211,9 @@ def formula(light: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Formula],
     """Let a formula in the counts and the cost stand in for what candidates measure."""
 
     def use(accuracy: Formula) -> None:
-        def recovered(self: Evaluator, policy: Policy) -> tuple[nn.Module, tuple[Measurement, ...]]:
+        def recovered(
+            self: Evaluator, policy: Policy, *, final: bool = False
+        ) -> tuple[nn.Module, tuple[Measurement, ...]]:
             removed = self.bench.structure.removed(policy)
             value = accuracy(removed, self.costs.cost(removed))
             if math.isnan(value):
@@ -446,7 +448,7 @@ def test_the_tracker_is_told_whether_it_was_stopped_or_failed(tmp_path: Path, mo
         run(tmp_path / "killed", tracker=killed, sensitivity=())
     assert killed.finished["status"] == "KILLED"
 
-    def broken(self: Evaluator, policy: Policy) -> Any:
+    def broken(self: Evaluator, policy: Policy, *, final: bool = False) -> Any:
         raise ZeroDivisionError
 
     monkeypatch.setattr(Evaluator, "recovered", broken)
@@ -775,8 +777,8 @@ def test_a_network_that_rebuilds_to_something_else_is_not_handed_out(
 ) -> None:
     real = Evaluator.recovered
 
-    def other(self: Evaluator, policy: Policy) -> tuple[nn.Module, tuple[Measurement, ...]]:
-        model, measured = real(self, policy)
+    def other(self: Evaluator, policy: Policy, *, final: bool = False) -> tuple[nn.Module, tuple[Measurement, ...]]:
+        model, measured = real(self, policy, final=final)
         return model, tuple(dataclasses.replace(m, accuracy=m.accuracy / 2) for m in measured)
 
     monkeypatch.setattr(Evaluator, "recovered", other)

@@ -222,22 +222,30 @@ class Evaluator:
         self.ledger.append(candidate)
         return candidate
 
-    def recovered(self, policy: Policy) -> tuple[nn.Module, tuple[Measurement, ...]]:
+    def recovered(self, policy: Policy, *, final: bool = False) -> tuple[nn.Module, tuple[Measurement, ...]]:
         """Build a policy's network and recover its weights, always to the same result.
 
+        Args:
+            policy: Which network.
+            final: Whether to measure it once only, when it is done, and in float32.
+
         Returns:
-            The network, in eval mode, and what it measured at every rung.
+            The network, in eval mode, and what it measured, at every rung.
 
         Raises:
             DivergedError: The loss is not finite while fine-tuning.
         """
-        removed = self.bench.structure.removed(policy)
-        model = self.bench.recovered(removed)
-        measurements = [self.bench.measure(model).summary(self.bench.rung)]
-        steps = self.recovery.finetune_steps
-        if steps > 0 and math.isfinite(measurements[0].loss):
+        bench, steps = self.bench, self.recovery.finetune_steps
+        removed = bench.structure.removed(policy)
+        model, rung = bench.recovered(removed), bench.rung
+        measurements: list[Measurement] = []
+        if steps > 0:
+            measurements += [] if final else [bench.measure(model).summary(rung)]
+            if not all(math.isfinite(m.loss) for m in measurements):
+                return model, tuple(measurements)
             self.train(model, steps, self.recovery.recipe, derive(self.seed, "fine-tuning", policy.id), removed)
-            measurements.append(self.bench.measure(model).summary("short"))
+            rung = "short"
+        measurements.append(bench.measure(model, bench.precision.full if final else None).summary(rung))
         return model, tuple(measurements)
 
     def train(

@@ -31,7 +31,7 @@ AGREEMENT: Final = 0.01
 GAIN: Final = 1.25
 """How many times as fast as float32 another format must be; less is not told from noise, and not worth the rounding."""
 _MOST, _FEWEST, _MACS = 500, 64, 20_000_000_000  # samples that precisions are tried on
-_TRAINED = 128  # of them, in a training step
+_TRAINED = 64  # of them, in a training step
 
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -260,9 +260,13 @@ def _carried(value: Any, parameter: torch.Tensor, name: str, change: Cut) -> Any
 
 
 def _selected(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """Return the kept part of a tensor; what is made on the way takes no more than a megabyte, or a row."""
+    """Return the kept part of a tensor, in its memory layout; on the way there is no more than a megabyte, or a row."""
     if not kept:
         return tensor
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        innermost = {0: 0, 1: 3, 2: 1, 3: 2}  # as it lies in memory
+        lying = _selected(tensor.permute(0, 2, 3, 1), {innermost[dim]: indices for dim, indices in kept.items()})
+        return lying.permute(0, 3, 1, 2)
     *first, last = sorted(kept)  # rows first: they are copied whole, and leave less to pick columns from
     at_once = len(tensor)
     if first and first[0] == 0 and last:

@@ -677,6 +677,25 @@ class TestSelection:
             expected = expected.index_select(dim, kept[dim])
         assert torch.equal(surgery._selected(tensor, {dim: kept[dim] for dim in dims}), expected)
 
+    @pytest.mark.parametrize("on_the_way", [1, 1 << 20])
+    @pytest.mark.parametrize("dims", [(0,), (1,), (0, 1), (0, 1, 3)])
+    def test_the_memory_layout_stays(self, monkeypatch, on_the_way, dims):
+        monkeypatch.setattr(surgery, "_ON_THE_WAY", on_the_way)
+        tensor = torch.arange(6 * 4 * 3 * 2.0).reshape(6, 4, 3, 2)
+        kept = {dim: torch.arange(0, tensor.shape[dim], 2) for dim in dims}
+        last = surgery._selected(tensor.to(memory_format=torch.channels_last), kept)
+        assert torch.equal(last, surgery._selected(tensor, kept))
+        assert last.is_contiguous(memory_format=torch.channels_last)
+
+    def test_a_network_that_lies_channels_last_is_cut_to_one(self):
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3)).to(memory_format=torch.channels_last)
+        structure = analyse(net, torch.randn(1, 3, 8, 8))
+        smaller = cut(net, plan(net, structure, {structure.groups[0].name: [1, 4]}))
+        assert smaller[0].weight.shape == (6, 3, 3, 3)
+        assert smaller[2].weight.shape == (6, 6, 3, 3)
+        for layer in (smaller[0], smaller[2]):
+            assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+
     def test_building_takes_the_candidate_s_tensors_and_a_megabyte(self):
         net = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 4))
         structure = analyse(net, torch.randn(2, 64))
