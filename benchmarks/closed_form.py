@@ -2,6 +2,7 @@
 
     python benchmarks/closed_form.py rank  --data-root DIR --weights FILE --out rank.jsonl
     python benchmarks/closed_form.py table --data-root DIR --weights FILE --out table.jsonl
+    python benchmarks/closed_form.py weights --data-root DIR --weights FILE --out weights.jsonl
 
 `rank`: random policies at equal cost (half of the MACs) and at mixed costs (30 to 90 %), each measured at every rung:
 what the moments predict without evaluating; sliced; recalibrated; reconstructed from cached moments, without and with
@@ -12,6 +13,9 @@ better half of them, and the seconds that a rung takes after what is made once.
 `table`: uniform, the policy of least predicted loss (nothing evaluated) and the one of least measured loss (three cells
 a group, found with the first seed), with elements in L1 and in OBS order, at half of the MACs, at the same rungs, for
 several seeds of moments, fits and fine-tuning.
+
+`weights`: weights that are zeroed in place, as many of every layer: single ones, N:M patterns and tiles, by magnitude
+and by Optimal Brain Surgeon, at the same rungs.
 
 Accuracies are on 5,000 test images, which take no part in anything else: checkpoints have seen all training images.
 Lines that the file holds are not measured again.
@@ -61,14 +65,22 @@ NAMES = {
 class Bench:
     """A prepared task, and what every policy of it goes through."""
 
-    def __init__(self, options: argparse.Namespace, criterion: str = "l1", seed: int = 0) -> None:
+    def __init__(
+        self, options: argparse.Namespace, criterion: str = "l1", seed: int = 0, unit: str | None = None
+    ) -> None:
         source = data.load(options.data, options.data_root)
         shape = {"in_channels": source.in_channels, "input_size": source.input_size}
         model = models.build(options.network, num_classes=source.num_classes, **shape)
         models.load_weights(model, options.weights)
         images = data.subset(source.test, torch.arange(options.images))
         task = ap.Task(model, train=source.train, val=images, augment=source.augment)
-        settings = SearchSettings(budget=options.budget, criterion=criterion, seed=seed, precision=options.precision)
+        settings = SearchSettings(
+            budget=None if unit else options.budget,
+            criterion=criterion,
+            seed=seed,
+            precision=options.precision,
+            units=(unit,) if unit else ("channels", "heads"),
+        )
         started = time.perf_counter()
         self.prepared: Prepared = prepare(task, settings)
         self.moments = self.prepared.evidence.moments(self.prepared.bench.model, self.prepared.structure)
@@ -204,6 +216,31 @@ def _tau(values: np.ndarray, last: np.ndarray) -> tuple[float, float, float]:
     return float(kendalltau(values, last).statistic), float(low), float(high)
 
 
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+WEIGHTS = (("weights", 0.8), ("weights", 0.9), ("2:4", 0.5), ("1:4", 0.75), ("4x4", 0.5))
+
+
+def weights(options: argparse.Namespace) -> None:
+    """Measure weights that are zeroed, and print them."""
+    rows = _lines(options.out)
+    for unit, sparsity in WEIGHTS[: 0 if options.show else None]:
+        for criterion in ("l1", "obs"):
+            if any((row["unit"], row["sparsity"], row["criterion"]) == (unit, sparsity, criterion) for row in rows):
+                continue
+            bench = Bench(options, criterion, unit=unit)
+            policy = Policy(dict.fromkeys(bench.prepared.structure.names, sparsity))
+            row = {"unit": unit, "sparsity": sparsity, "criterion": criterion, **bench.measure(policy)}
+            rows.append(row)
+            _append(options.out, row)
+    print(
+        "\n".join(
+            _recoveries([(f"{row['unit']}, {row['sparsity']:.0%} zero", row["criterion"], [row]) for row in rows])
+        )
+    )
+
+
 # -- table ------------------------------------------------------------------------------------------------------------
 
 
@@ -250,18 +287,26 @@ def _policy(bench: Bench, name: str, cells: Path) -> Policy:
 
 def recovery_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return accuracies, means and standard deviations over seeds, as a Markdown table."""
+    of = {key: [row for row in rows if (row["policy"], row["criterion"]) == key] for key in _keys(rows)}
+    return "\n".join(_recoveries([(*key, chosen) for key, chosen in of.items()]))
+
+
+def _keys(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    return sorted({(row["policy"], row["criterion"]) for row in rows}, key=lambda key: (key[1], key[0]))
+
+
+def _recoveries(chosen: Sequence[tuple[str, str, Sequence[dict[str, Any]]]]) -> list[str]:
     lines = [
         f"| policy | order | {' | '.join(NAMES[rung] for rung in RUNGS)} |",
         f"|---|---|{'---|' * len(RUNGS)}",
     ]
-    for name, criterion in dict.fromkeys((row["policy"], row["criterion"]) for row in rows):
-        chosen = [row for row in rows if (row["policy"], row["criterion"]) == (name, criterion)]
+    for name, criterion, rows in chosen:
         cells = []
         for rung in RUNGS:
-            values = 100 * np.array([row[rung] for row in chosen])
+            values = 100 * np.array([row[rung] for row in rows])
             cells.append(f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""))
         lines.append(f"| {name} | {criterion} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return lines
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -277,7 +322,7 @@ def _append(file: Path, row: dict[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("rank", "table"))
+    parser.add_argument("part", choices=("rank", "table", "weights"))
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--network", default="resnet20")
@@ -294,4 +339,4 @@ def _options() -> argparse.Namespace:
 
 if __name__ == "__main__":
     chosen = _options()
-    {"rank": rank, "table": table}[chosen.part](chosen)
+    {"rank": rank, "table": table, "weights": weights}[chosen.part](chosen)

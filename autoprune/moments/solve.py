@@ -138,9 +138,10 @@ def kept_weights(weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor)
 def masked_weights(weight: torch.Tensor, second: torch.Tensor, stays: torch.Tensor, exact: int = EXACT) -> torch.Tensor:
     """Return the weights with zeros in given places that make up best for what was there.
 
-    Each row is a least-squares problem of its own, solved exactly where all of them take no more than `exact`
-    multiply-adds (outputs · d³); else column by column, each error made up for by the columns to its right, as
-    SparseGPT does (Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774, algorithm 1, with the mask given).
+    Each row is a least-squares problem of its own over the k weights that stay, solved exactly where all of them take
+    no more than `exact` multiply-adds (outputs · k³); else column by column, each error made up for by the columns to
+    its right, as SparseGPT does (Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774, algorithm 1, with the mask
+    given).
 
     Args:
         weight: `(outputs, d)`.
@@ -152,17 +153,24 @@ def masked_weights(weight: torch.Tensor, second: torch.Tensor, stays: torch.Tens
         `(outputs, d)` float64.
     """
     weight = weight.double()
-    rows, width = weight.shape
-    if rows * width**3 > exact:
+    most = int(stays.sum(1).max()) if len(stays) else 0
+    if len(weight) * most**3 > exact:
         return _swept(weight, second, stays)
-    solved = []
-    at_once = max(1, _BYTES // (8 * width**2))
-    for some, there in zip(torch.split(weight, at_once), torch.split(stays, at_once), strict=True):
-        inner = second * there[:, :, None] * there[:, None, :] + torch.diag_embed((~there).double())
-        lost = (some * ~there) @ second * there
-        more = torch.cholesky_solve(lost[:, :, None], torch.linalg.cholesky(inner))[:, :, 0]
-        solved.append((some + more) * there)
-    return torch.cat(solved)
+    solved = torch.zeros_like(weight)
+    if most == 0:
+        return solved
+    wanted = weight @ second
+    columns = torch.argsort(stays.int(), dim=1, descending=True, stable=True)[:, :most]  # those that stay first
+    there = stays.gather(1, columns)
+    at_once = max(1, _BYTES // (8 * most**2))
+    for start in range(0, len(weight), at_once):
+        rows = slice(start, start + at_once)
+        mine, both = columns[rows], there[rows, :, None] & there[rows, None, :]
+        inner = second[mine[:, :, None], mine[:, None, :]] * both + torch.diag_embed((~there[rows]).double())
+        aim = wanted[rows].gather(1, mine) * there[rows]
+        left = torch.cholesky_solve(aim[:, :, None], torch.linalg.cholesky(inner))[:, :, 0]
+        solved[rows] = solved[rows].scatter(1, mine, left)
+    return solved
 
 
 def _swept(weight: torch.Tensor, second: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
