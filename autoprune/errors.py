@@ -19,7 +19,7 @@
 
     AutopruneWarning (UserWarning)
     ├── NoEffectWarning                    an operation that changed nothing
-    ├── RecoveryWarning                    the pipeline itself costs the dense network accuracy
+    ├── RecoveryWarning                    recovery itself costs the dense network accuracy
     ├── UncountedOperatorWarning           an operator the cost model does not know
     └── TrackingWarning                    the tracking server can't be used; the search goes on
 """
@@ -123,7 +123,7 @@ class NoEffectWarning(AutopruneWarning):
 
 
 class RecoveryWarning(AutopruneWarning):
-    """The evaluation pipeline itself costs the dense network accuracy."""
+    """What candidates are recovered with costs the dense network itself accuracy."""
 
 
 class UncountedOperatorWarning(AutopruneWarning):

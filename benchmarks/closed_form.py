@@ -3,6 +3,8 @@
     python benchmarks/closed_form.py rank  --data-root DIR --weights FILE --out rank.jsonl
     python benchmarks/closed_form.py table --data-root DIR --weights FILE --out table.jsonl
     python benchmarks/closed_form.py weights --data-root DIR --weights FILE --out weights.jsonl
+    python benchmarks/closed_form.py finalist --data-root DIR --weights FILE --out finalist.jsonl
+    python benchmarks/closed_form.py memory --data-root DIR --weights FILE --out memory.jsonl
 
 `rank`: random policies at equal cost (half of the MACs) and at mixed costs (30 to 90 %), each measured at every rung:
 what the moments predict without evaluating; sliced; recalibrated; reconstructed from cached moments, without and with
@@ -17,12 +19,18 @@ several seeds of moments, fits and fine-tuning.
 `weights`: weights that are zeroed in place, as many of every layer: single ones, N:M patterns and tiles, by magnitude
 and by Optimal Brain Surgeon, at the same rungs.
 
+`finalist`: full fine-tuning of the policy of least predicted loss, from recalibrated and from reconstructed weights, at
+several peak learning rates.
+
+`memory`: the uniform policy, reconstructed from cached moments that are held to less and less memory.
+
 Accuracies are on 5,000 test images, which take no part in anything else: checkpoints have seen all training images.
 Lines that the file holds are not measured again.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -66,7 +74,12 @@ class Bench:
     """A prepared task, and what every policy of it goes through."""
 
     def __init__(
-        self, options: argparse.Namespace, criterion: str = "l1", seed: int = 0, unit: str | None = None
+        self,
+        options: argparse.Namespace,
+        criterion: str = "l1",
+        seed: int = 0,
+        unit: str | None = None,
+        memory: float = 2.0,
     ) -> None:
         source = data.load(options.data, options.data_root)
         shape = {"in_channels": source.in_channels, "input_size": source.input_size}
@@ -79,6 +92,7 @@ class Bench:
             criterion=criterion,
             seed=seed,
             precision=options.precision,
+            moments_memory=memory,
             units=(unit,) if unit else ("channels", "heads"),
         )
         started = time.perf_counter()
@@ -110,9 +124,9 @@ class Bench:
             return model
 
         timed("sliced", lambda: cut(bench.model, change))
-        timed("recalibrated", lambda: self._recalibrated(cut(bench.model, change)))
+        timed("recalibrated", lambda: self.recalibrated(cut(bench.model, change)))
         cached = timed("cached", lambda: self._cached(change))
-        timed("cached_recalibrated", lambda: self._recalibrated(cached))
+        timed("cached_recalibrated", lambda: self.recalibrated(cached))
         fitted = timed("reconstructed", lambda: bench.recovered(removed))
         for number in steps:
             timed(f"steps_{number}", lambda number=number: self._trained(fitted, number, policy, removed))
@@ -130,7 +144,8 @@ class Bench:
         seconds = time.perf_counter() - started
         return {"predicted": -loss, "predicted_1": -float(self.analytic.predict(counts, power=1.0)), "spent": seconds}
 
-    def _recalibrated(self, model: torch.nn.Module) -> torch.nn.Module:
+    def recalibrated(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Recalibrate a network in place, and return it."""
         with suited_threads(self.prepared.bench.macs):
             recalibrate(model, self.prepared.bench.calibration)
         return model
@@ -241,6 +256,50 @@ def weights(options: argparse.Namespace) -> None:
     )
 
 
+# -- finalist ---------------------------------------------------------------------------------------------------------
+
+
+def finalist(options: argparse.Namespace) -> None:
+    """Fine-tune one policy from two beginnings, and print what comes of it."""
+    rows = _lines(options.out)
+    if not options.show:
+        bench = Bench(options)
+        task, policy = bench.prepared.task, bench.analytic.allocate(bench.prepared.feasible)
+        removed = bench.prepared.structure.removed(policy)
+        steps = options.epochs * task.steps_per_epoch(Recipe().batch_size)
+        for start, lr in itertools.product(("recalibrated", "reconstructed"), (0.01, 0.02, 0.05)):
+            if any((row["start"], row["lr"], row["steps"]) == (start, lr, steps) for row in rows):
+                continue
+            model = bench.prepared.bench.recovered(removed)
+            if start == "recalibrated":
+                model = bench.recalibrated(cut(bench.prepared.bench.model, bench.prepared.bench.change(removed)))
+            row = {"start": start, "lr": lr, "steps": steps, "before": bench.accuracy(model)}
+            bench.evaluator.train(model, steps, Recipe(lr=lr), derive(0, "finalist"), removed)
+            rows.append(row | {"after": bench.accuracy(model)})
+            _append(options.out, rows[-1])
+    print("| from | peak learning rate | steps | before | after |\n|---|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['start']} | {row['lr']} | {row['steps']} | {row['before']:.1%} | {row['after']:.1%} |")
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Reconstruct one policy from moments of several sizes, and print what comes of it."""
+    rows = _lines(options.out)
+    for limit in () if options.show else (2.0, 0.01, 0.005, 0.002, 0.001):
+        if any(row["gb"] == limit for row in rows):
+            continue
+        bench = Bench(options, memory=limit)
+        policy = bench.prepared.feasible.policy(bench.prepared.feasible.uniform())
+        rows.append({"gb": limit, "notes": list(bench.moments.notes), **bench.measure(policy, steps=())})
+        _append(options.out, rows[-1])
+    print("| GB | from cached moments | the same, recalibrated | layers that keep rows |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['gb']} | {row['cached']:.1%} | {row['cached_recalibrated']:.1%} | {len(row['notes'])} |")
+
+
 # -- table ------------------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +381,7 @@ def _append(file: Path, row: dict[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("rank", "table", "weights"))
+    parser.add_argument("part", choices=("rank", "table", "weights", "finalist", "memory"))
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--network", default="resnet20")
@@ -332,6 +391,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--policies", type=int, default=40, help="of each of both kinds")
     parser.add_argument("--precision", default="auto", help="of measuring and fine-tuning; auto, float32 or bfloat16")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2, help="of `finalist`")
     parser.add_argument("--out", type=Path, required=True, help="a line for every policy; goes on where it stopped")
     parser.add_argument("--show", action="store_true", help="measure nothing, print what the file holds")
     return parser.parse_args()
@@ -339,4 +399,4 @@ def _options() -> argparse.Namespace:
 
 if __name__ == "__main__":
     chosen = _options()
-    {"rank": rank, "table": table, "weights": weights}[chosen.part](chosen)
+    {"rank": rank, "table": table, "weights": weights, "finalist": finalist, "memory": memory}[chosen.part](chosen)

@@ -716,7 +716,7 @@ def test_a_dense_accuracy_of_zero_is_refused(tmp_path: Path) -> None:
 
 def test_a_pipeline_that_costs_the_dense_network_accuracy_is_reported(tmp_path: Path, light: None) -> None:
     shifted = make_task(augment=lambda inputs, generator: 0.1 * inputs + 3)
-    with pytest.warns(RecoveryWarning, match=r"costs the dense network \d+\.\d points .*raise calibration_images"):
+    with pytest.warns(RecoveryWarning, match=r"cost the dense network \d+\.\d points .*raise calibration_images"):
         run(tmp_path / "run", shifted, candidates=1, control=0, sensitivity=())
 
 

@@ -4,6 +4,7 @@ Agents propose through an `Arm`, which ends them by `SearchOver`; they can't ope
 the policy and the search's seed alone, never on what was evaluated before, so that a ledger can be replayed.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -162,6 +163,19 @@ class Workbench:
         batches = self.placed(self.task.val_batches()) if self._val is None else self._val
         with suited_threads(self.macs):
             return measure(model, batches, self.task.metric, self.task.loss, precision or self.precision)
+
+    def recalibrating(self) -> tuple[Measurement, Measurement]:
+        """Return what the dense network does as it is, and with batch-norm statistics of the calibration images.
+
+        On some of both, enough to see whether those images are unlike what the network was trained on.
+        """
+        model = cut(self.model, Cut())
+        batches = self.placed(self.task.val_batches(500)) if self._val is None else self._val
+        some = list(itertools.islice(batches, 2))
+        with suited_threads(self.macs):
+            recalibrate(model, self._calibration[:4])
+            found = [measure(m, some, self.task.metric, self.task.loss, self.precision) for m in (self.model, model)]
+        return found[0].summary("dense"), found[1].summary("recalibrated")
 
     @cached_property
     def dense(self) -> Samples:

@@ -11,9 +11,10 @@ Channel Pruning (He et al. 2017, https://arxiv.org/abs/1707.06168, eq. 1 and sec
 another; here all are fitted within one forward pass, and layers that lost nothing themselves are fitted too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ from autoprune.structure.heads import FewerHeadsAttention
 from autoprune.structure.trace import plain_attention
 
 __all__ = ["Refit", "reconstruct"]
+
+_SAMPLED = 1 << 14  # values by which a batch is known again
 
 
 @torch.no_grad()
@@ -105,8 +108,9 @@ def _solve(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Target:
-    """What a dense layer gives: `outputs` `(rows, outputs)` at `picks`, for inputs and outputs of these sizes."""
+    """What a dense layer reads, a sample of it, and gives: `outputs` `(rows, outputs)` at `picks`, for these sizes."""
 
+    read: torch.Tensor
     picks: Picks
     outputs: torch.Tensor
     places: tuple[int, ...]
@@ -115,6 +119,8 @@ class _Target:
 
 class Refit:
     """Fits the layers of smaller networks to what the dense network's give, each in one pass.
+
+    What lies before everything that was cut stays exactly as it is, batch-norm's statistics too.
 
     Args:
         model: The dense network; it runs in eval mode, and its mode is restored.
@@ -128,9 +134,15 @@ class Refit:
         self._each = each
         self._targets: dict[str, _Target] = {}
         self._twice: set[str] = set()
+        self._normed: dict[str, torch.Tensor] = {}
         self._generator = torch.Generator().manual_seed(seed)
         watch = Watch(model, after=self._note)
-        with torch.no_grad(), evaluating(model), _attention_alike(model), watch:
+
+        def note(name: str, values: torch.Tensor) -> bool:
+            self._normed[name] = _sample(values)
+            return False
+
+        with torch.no_grad(), evaluating(model), _attention_alike(model), _norms_told(model, note), watch:
             model(inputs)
         for name in self._twice:
             del self._targets[name]
@@ -143,13 +155,13 @@ class Refit:
         picks = use.picks(len(self._inputs), self._each, self._generator)
         outputs = use.outputs(result, picks)
         places = use.places if use.kernel else ()
-        self._targets[use.weight] = _Target(picks, outputs, places, len(use.inputs))
+        self._targets[use.weight] = _Target(_sample(use.inputs), picks, outputs, places, len(use.inputs))
 
     @torch.no_grad()
     def __call__(self, smaller: nn.Module, change: Cut) -> None:
         """Fit a smaller network's layers and take its batch-norms' statistics, in place.
 
-        Zeros in place stay zero; layers whose weights run twice stay as they are.
+        Zeros in place stay zero; layers whose weights run twice stay as they are, and so does what is as it was.
 
         Args:
             smaller: What `cut` made of the dense network; its mode is restored.
@@ -161,21 +173,18 @@ class Refit:
             target = self._targets.get(use.weight)
             if target is None or target.first != len(use.inputs):
                 return
+            kept, zeroed = change.kept.get(use.weight, {}), change.zeroed.get(use.weight)
+            if not kept and zeroed is None and _alike(use.inputs, target.read):
+                return
             if target.places == (use.places if use.kernel else ()):
-                kept, zeroed = change.kept.get(use.weight, {}), change.zeroed.get(use.weight)
                 self._fit(use, target, parameters, kept, zeroed)
 
-        norms = [m for m in smaller.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        norms = [norm for norm in norms if norm.track_running_stats]
-        norms = norms if len(self._inputs) > 1 else []  # one sample has no variance
-        momenta = [norm.momentum for norm in norms]
-        with evaluating(smaller), _attention_alike(smaller), Watch(smaller, before=fit):
-            for norm in norms:
-                norm.train()
-                norm.momentum = 1.0
+        def anew(name: str, values: torch.Tensor) -> bool:
+            known = self._normed.get(name)
+            return len(self._inputs) > 1 and (known is None or not _alike(values, known))  # one has no variance
+
+        with evaluating(smaller), _attention_alike(smaller), _norms_told(smaller, anew), Watch(smaller, before=fit):
             smaller(self._inputs)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
 
     def _fit(
         self,
@@ -216,6 +225,43 @@ def _beside_zeros(weight: torch.Tensor, there: torch.Tensor, stays: torch.Tensor
         return weight * stays
     second = regularised(there.transpose(1, 2) @ there / rows, rows)
     return torch.stack([masked_weights(*part) for part in zip(weight, second, stays, strict=True)])
+
+
+@contextmanager
+def _norms_told(model: nn.Module, anew: Callable[[str, torch.Tensor], bool]) -> Iterator[None]:
+    """Let every batch-norm take its statistics from what it reads where `anew(name, inputs)` says so."""
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    norms = {name: norm for name, norm in norms.items() if norm.track_running_stats}
+    momenta = [norm.momentum for norm in norms.values()]
+
+    def hook(name: str, norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        norm.train(anew(name, inputs[0]))
+
+    handles = [norm.register_forward_pre_hook(partial(hook, name)) for name, norm in norms.items()]
+    try:
+        for norm in norms.values():
+            norm.momentum = 1.0
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, momentum in zip(norms.values(), momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _sample(values: torch.Tensor) -> torch.Tensor:
+    """Return some of the values of some of a batch."""
+    some = values[:: -(-len(values) // 8)].flatten()
+    return some[:: -(-len(some) // _SAMPLED)].clone()
+
+
+def _alike(values: torch.Tensor, sample: torch.Tensor) -> bool:
+    """Return whether a batch is that of a sample, but for rounding."""
+    found = _sample(values)
+    if found.shape != sample.shape:
+        return False
+    near = 64 * torch.finfo(sample.dtype).eps * float(sample.abs().max())
+    return bool((found - sample).abs().max() <= near)
 
 
 @contextmanager

@@ -458,6 +458,19 @@ class TestRefit:
             if name.endswith(("running_mean", "running_var")):
                 torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
 
+    @pytest.mark.parametrize(("make", "shape"), [(normed, IMAGES), (TinyResNet, (1, 8, 8)), (Transformer, TOKENS)])
+    def test_nothing_cut_changes_nothing(self, make, shape):
+        known = Known(make, shape)
+        same, dense = fitted(known, {}), known.net.state_dict()
+        assert all(torch.equal(value, dense[name]) for name, value in same.state_dict().items())
+
+    def test_what_lies_before_all_that_was_cut_stays(self):
+        known = Known(Blocks, IMAGES)
+        smaller, dense = fitted(known, {"second.up": [0, 3]}), known.net.state_dict()
+        changed = {name for name, value in smaller.state_dict().items() if not torch.equal(value, dense[name])}
+        assert {name.split(".")[0] for name in changed} == {"second", "fc"}
+        assert {"second.norm.running_var", "second.down.weight"} <= changed
+
     def test_modes_momenta_and_gradients_are_restored(self):
         known = Known(TinyResNet, (1, 8, 8))
         smaller, change = known.smaller({"stem": [1]})
