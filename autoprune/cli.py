@@ -113,6 +113,9 @@ Recover = Annotated[
     ),
 ]
 MomentsMemory = Annotated[float, typer.Option(help="GB that the moments of the layers' inputs may take.")]
+ActivationsMemory = Annotated[
+    float, typer.Option(help="GB of the dense network's activations that may be kept while groups are probed.")
+]
 PrecisionOption = Annotated[
     str,
     typer.Option(
@@ -276,6 +279,7 @@ def search(
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
     moments_memory: MomentsMemory = 2.0,
+    activations_memory: ActivationsMemory = 2.0,
     precision: PrecisionOption = "auto",
     criterion: Criterion = "l1",
     sensitivity: Annotated[
@@ -314,6 +318,7 @@ def search(
         "recover": recover,
         "calibration_images": calibration_images,
         "moments_memory": moments_memory,
+        "activations_memory": activations_memory,
         "precision": precision,
         "criterion": criterion,
         "sensitivity": _numbers(sensitivity),
@@ -358,6 +363,7 @@ def sensitivity(
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
     moments_memory: MomentsMemory = 2.0,
+    activations_memory: ActivationsMemory = 2.0,
     precision: PrecisionOption = "auto",
     analytic: Annotated[
         bool, typer.Option("--analytic", help="Predict the curves from moments alone, in seconds, and measure nothing.")
@@ -388,6 +394,7 @@ def sensitivity(
             recover=recover,
             calibration_images=calibration_images,
             moments_memory=moments_memory,
+            activations_memory=activations_memory,
             precision=precision,
             seed=seed,
         )
@@ -410,6 +417,8 @@ def sensitivity(
                 progress=lambda group, done, _: progress.step(done, group),
             )
             progress.end()
+            if prepared.bench.work:
+                progress.line(prepared.bench.work)
     _print_sensitivity(report)
     _out.print(f"report: {out}")
     if as_json:

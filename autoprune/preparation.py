@@ -114,6 +114,7 @@ def prepare(task: Task, settings: SearchSettings, folder: RunFolder | None = Non
         settings.seed,
         settings.recover,
         chosen or settings.precision,
+        int(settings.activations_memory * 1e9),
     )
     if folder is not None and not chosen:
         write_json(folder.precision, bench.choice.to_dict())

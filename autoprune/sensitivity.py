@@ -302,13 +302,16 @@ def analyse(
     grid = [(g, g.count(s)) for g in bench.structure for s in sorted(set(sparsities))]
     wanted = list(dict.fromkeys((group.name, removed) for group, removed in grid if removed > 0))
     mine = list(itertools.islice(wanted, shard[0], None, shard[1]))
+    mine.sort(
+        key=lambda cell: bench.begins({cell[0]: cell[1]})
+    )  # so that what runs before is kept from one to the next
     for done, (name, removed) in enumerate(mine):
         progress(name, done, len(mine))
         if any(cell.removed == removed for cell in report[name].cells):
             continue
         if deadline is not None and time.monotonic() >= deadline:
             break
-        samples = bench.measure(bench.recovered({name: removed}))
+        samples = bench.probe({name: removed})
         measured = samples.summary(bench.rung)
         gone = _gone(bench, name, removed, taylor[name])
         cell = Cell(

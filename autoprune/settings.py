@@ -36,6 +36,7 @@ class SearchSettings:
         precision: What candidates are fine-tuned and measured in: "auto" (the fastest that agrees with float32 on this
             machine), "float32" or "bfloat16". Final numbers are in float32.
         calibration_images: Augmented training images that batch-norm statistics and fits are made from.
+        activations_memory: Bytes, in GB, that the dense network's activations may take while single groups are probed.
         moments_memory: Bytes, in GB, that the moments of the layers' inputs may take.
         sensitivity: Sparsities at which every group is measured before the search; empty for no analysis.
         units: What may be removed: "channels", "heads", "blocks", and as zeros in place "weights", N:M patterns such as
@@ -65,6 +66,7 @@ class SearchSettings:
     precision: str = "auto"
     calibration_images: int = 2000
     moments_memory: float = 2.0
+    activations_memory: float = 2.0
     sensitivity: tuple[float, ...] = (0.25, 0.5, 0.75)
     units: tuple[str, ...] = ("channels", "heads")
     multiple: int = 1
@@ -106,14 +108,14 @@ class SearchSettings:
             raise UnknownNameError("recovery", self.recover, RUNGS)
         if self.precision not in PRECISIONS:
             raise UnknownNameError("precision", self.precision, PRECISIONS)
-        for name in ("lr", "time_limit", "moments_memory"):
+        for name in ("lr", "time_limit", "moments_memory", "activations_memory"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"`{name} > 0` must hold, but got {name}={getattr(self, name)}")
 
     def _check_types(self) -> None:
         texts = ("budget", "agent", "space", "criterion", "recover", "precision")
         wholes = ("candidates", "multiple", "control", "finetune_steps", "calibration_images", "seed")
-        numbers = ("max_drop", "lr", "max_sparsity", "time_limit", "moments_memory")
+        numbers = ("max_drop", "lr", "max_sparsity", "time_limit", "moments_memory", "activations_memory")
         optional = ("budget", "max_drop", "control", "time_limit")
         for names, kind, word in (
             (texts, str, "text"),

@@ -269,6 +269,7 @@ def test_the_config_holds_everything_resolved(done: Done) -> None:
         **{"sensitivity": [0.25, 0.5, 0.75], "max_sparsity": 0.9, "bounds": {}},
         **{"units": ["channels", "heads"], "multiple": 1, "normalised": False},
         **{"recover": "reconstructed", "moments_memory": 2.0, "precision": "auto"},
+        **{"activations_memory": 2.0},
     }
     assert {"python", "torch", "optuna", "autoprune"} <= config["versions"].keys()
 
@@ -406,7 +407,7 @@ def test_no_sample_of_the_test_split_is_read(tmp_path: Path, light: None) -> Non
 
 
 def test_it_says_first_what_can_be_reached_and_what_it_will_cost(done: Done) -> None:
-    table, precision, preview, predicted = done.watcher.lines
+    table, precision, preview, predicted, work = done.watcher.lines
     rows = table.splitlines()
     macs = [cell.replace(",", "") for cell in rows[1].split()]
     dense = done.result.dense["macs"]
@@ -417,6 +418,7 @@ def test_it_says_first_what_can_be_reached_and_what_it_will_cost(done: Done) -> 
     assert preview.startswith("at most 9 sensitivity cells of ")
     assert " and 10 evaluations of " in preview
     assert predicted.startswith("predicted the loss of every policy from moments in ")
+    assert work.startswith("9 cells took ")
 
 
 def test_every_cell_and_candidate_is_a_step(done: Done) -> None:

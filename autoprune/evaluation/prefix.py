@@ -1,0 +1,240 @@
+"""What a probe of one group shares with the dense network: all that runs before the group, computed once.
+
+Modules run one after another, so what ran before the first tensor that was cut is the dense network's own, whatever the
+code between modules does. A probe begins at a *cut point*: the output of one module is handed in, and modules that
+ended before it do not run. That all that follows depends on this output alone is verified: the dense network must give
+its outputs with NaN in place of all that is skipped.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from autoprune.inputs import evaluating
+from autoprune.structure import Cut
+
+__all__ = ["CutPoint", "Handed", "Prefix"]
+
+_TRIED: Final = 4  # modules that ended last are tried as cut points
+
+
+@dataclass(frozen=True, slots=True)
+class CutPoint:
+    """A module at whose output a network can begin.
+
+    Attributes:
+        name: The module.
+        end: Its place in the order in which modules begin and end.
+        skipped: Modules that need not run; the last is the module itself.
+        size: Numbers in its output for one sample.
+    """
+
+    name: str
+    end: int
+    skipped: tuple[str, ...]
+    size: int
+
+
+@dataclass(slots=True)
+class Handed:
+    """What stands in for the modules that are skipped, batch by batch.
+
+    Attributes:
+        value: The cut point's output.
+        samples: In the batch.
+        filler: What every number of the other outputs is.
+    """
+
+    value: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    samples: int = 0
+    filler: float = 0.0
+
+    def give(self, value: torch.Tensor, samples: int) -> None:
+        """Set the next batch's."""
+        self.value, self.samples = value, samples
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    name: str
+    start: int
+    end: int
+    output: torch.Tensor | None  # of a few samples, if it is of the batch
+
+
+class _Reached(Exception):
+    """Carries a cut point's output out of a forward pass."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+class Prefix:
+    """The cut points of a network.
+
+    Args:
+        model: The dense network; its mode is restored.
+        inputs: A few samples, of a number that no dimension has by chance.
+    """
+
+    def __init__(self, model: nn.Module, inputs: torch.Tensor) -> None:
+        self._model, self._inputs = model, inputs
+        self._calls: list[_Call] = []
+        self._starts: dict[str, int] = {}
+        self._owners: dict[str, list[str]] = {}
+        self._points: dict[int, CutPoint | None] = {}
+        clock = iter(range(1 << 62))
+        begun: dict[str, int] = {}
+        times = Counter[str]()
+
+        def before(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                begun[name] = next(clock)
+                self._starts.setdefault(name, begun[name])
+                times[name] += 1
+
+            return hook
+
+        def after(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                batched = isinstance(output, torch.Tensor) and output.dim() > 0 and not len(output) % len(self._inputs)
+                kept = output.clone() if batched else None  # what follows may change it in place
+                self._calls.append(_Call(name, begun[name], next(clock), kept))
+
+            return hook
+
+        handles = []
+        for name, module in model.named_modules():
+            handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+        try:
+            with torch.no_grad(), evaluating(model):
+                self._expected = model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._calls = [call for call in self._calls if call.name and times[call.name] == 1 and call.output is not None]
+        same: dict[int, list[str]] = {}
+        for module_name, module in model.named_modules(remove_duplicate=False):
+            for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                same.setdefault(id(tensor), []).append(module_name)
+                self._owners[f"{module_name}.{key}".lstrip(".")] = same[id(tensor)]
+
+    def begins(self, change: Cut) -> int:
+        """Return when the first module that a cut touches begins, in the order of modules."""
+        touched = [owner for tensor in (*change.kept, *change.zeroed) for owner in self._owners[tensor]]
+        return min((self._start(name) for name in (*touched, *change.attributes, *change.blocks)), default=0)
+
+    def point(self, change: Cut) -> CutPoint | None:
+        """Return the last cut point before all that a cut touches, or None."""
+        first = self.begins(change)
+        if first not in self._points:
+            ended = sorted((c for c in self._calls if c.end < first), key=lambda call: -call.end)
+            self._points[first] = next(filter(None, map(self._stands, ended[:_TRIED])), None)
+        return self._points[first]
+
+    def skipped(self, model: nn.Module, point: CutPoint | None) -> AbstractContextManager[Handed]:
+        """Let a network begin at a cut point inside a `with`.
+
+        Args:
+            model: The dense network, or one cut from it after the point.
+            point: Where; None lets all of it run.
+
+        Returns:
+            What is handed in; give it every batch's output before the network runs.
+        """
+        return self._without(model, () if point is None else point.skipped)
+
+    @torch.no_grad()
+    def outputs(
+        self,
+        point: CutPoint,
+        batches: Sequence[torch.Tensor],
+        running: Callable[[], AbstractContextManager[Any]],
+        earlier: tuple[CutPoint, Sequence[torch.Tensor]] | None = None,
+    ) -> list[torch.Tensor]:
+        """Return the cut point's outputs in the dense network.
+
+        Args:
+            point: Where.
+            batches: Inputs.
+            running: What the network runs under.
+            earlier: A cut point before it with its outputs, to begin at.
+        """
+
+        def stop(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            raise _Reached(output)
+
+        found = []
+        handle = self._model.get_submodule(point.name).register_forward_hook(stop)
+        try:
+            with evaluating(self._model), self.skipped(self._model, earlier and earlier[0]) as handed:
+                for number, inputs in enumerate(batches):
+                    if earlier is not None:
+                        handed.give(earlier[1][number], len(inputs))
+                    try:
+                        with running():
+                            self._model(inputs)
+                    except _Reached as reached:
+                        found.append(reached.value)
+        finally:
+            handle.remove()
+        return found
+
+    def _start(self, name: str) -> int:
+        """Return when a module begins; of one that is never called as one, what holds it does."""
+        while name and name not in self._starts:
+            name = name.rpartition(".")[0]
+        return self._starts[name]
+
+    @torch.no_grad()
+    def _stands(self, call: _Call) -> CutPoint | None:
+        skipped: list[_Call] = []
+        for one in sorted((c for c in self._calls if c.end <= call.end), key=lambda one: one.start):
+            if not skipped or one.start > skipped[-1].end:  # else it lies within
+                skipped.append(one)
+        names = tuple(one.name for one in skipped)
+        assert call.output is not None
+        with evaluating(self._model), self._without(self._model, names) as handed:
+            handed.filler = torch.nan
+            handed.give(call.output.clone(), len(self._inputs))
+            try:
+                found = self._model(self._inputs)
+            except Exception:  # code that can't stand what it gets: no cut point
+                return None
+        if not torch.equal(found, self._expected) or not torch.equal(handed.value, call.output):
+            return None  # it depends on more, or what is handed in would not stay as it is
+        return CutPoint(call.name, call.end, names, call.output.numel() // len(self._inputs))
+
+    @contextmanager
+    def _without(self, model: nn.Module, names: Sequence[str]) -> Iterator[Handed]:
+        handed = Handed()
+        shapes = {call.name: call.output for call in self._calls}
+
+        def given(*_: Any, **__: Any) -> torch.Tensor:
+            return handed.value
+
+        def filled(output: torch.Tensor) -> Callable[..., torch.Tensor]:
+            each = len(output) // len(self._inputs)
+
+            def forward(*_: Any, **__: Any) -> torch.Tensor:
+                kind = handed.value.dtype if output.is_floating_point() else output.dtype
+                one = torch.full((), handed.filler if kind.is_floating_point else 0, dtype=kind, device=output.device)
+                return one.expand(each * handed.samples, *output.shape[1:])
+
+            return forward
+
+        modules = [model.get_submodule(name) for name in names]
+        try:
+            for name, module in zip(names, modules, strict=True):
+                output = shapes[name]
+                assert output is not None
+                module.forward = given if name == names[-1] else filled(output)
+            yield handed
+        finally:
+            for module in modules:
+                module.__dict__.pop("forward", None)
