@@ -8,9 +8,10 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +40,7 @@ TIME_LIMIT = "time limit"
 _FITTED_MEMORY = 1 << 30  # bytes of activations while layers are fitted, which takes all images at once
 _MOST_FITTED, _FEWEST_FITTED = 500, 32  # images
 _FITTED_EACH, _FITTED_ROWS = 20, 10_000  # output positions of an image, of all images
+_CACHED = 16 << 20  # bytes of activations of a batch that is measured: what the caches of a processor hold
 _NUMBER = 4  # bytes of an activation, at most
 _SAMPLES = 3  # on which cut points are verified
 _REPEATS = 200  # proposals in a row that were all evaluated before: the agent has converged
@@ -117,7 +119,9 @@ class Workbench:
             self.placed(task.calibration_batches(calibration_images, 250, derive(seed, "calibration")))
         )
         size = task.n_val * task.example_input.numel() * task.example_input.element_size()
-        self._val = list(self.placed(task.val_batches(500))) if size <= _IN_MEMORY else None
+        on_cpu = self.device.type == "cpu"
+        self._batch = max(32, min(500, _CACHED // max(1, dense.activations))) if on_cpu else 500
+        self._val = list(self.placed(task.val_batches(self._batch))) if size <= _IN_MEMORY else None
 
     def placed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches on the network's device, in its memory layout."""
@@ -165,9 +169,12 @@ class Workbench:
         """
         with suited_threads(self.macs):
             if self.rung == "recalibrated":
-                recalibrate(model, self._calibration)
+                recalibrate(model, self._calibration, self._running)
             else:
                 self._refit(model, change)
+
+    def _running(self) -> AbstractContextManager[Any]:
+        return self.precision.running(self.device)
 
     def measure(self, model: nn.Module, precision: Precision | None = None) -> Samples:
         """Measure a network on the validation split.
@@ -226,12 +233,11 @@ class Workbench:
             there = self._kept
             earlier = there if there is not None and there[0].end < point.end else None
             inputs = [batch for batch, _ in self._val or ()]
-            running = partial(self.precision.running, self.device)
             with suited_threads(self.macs):
                 first = None if earlier is None else (earlier[0], [earlier[1]])
                 (fitted,) = self._prefix.outputs(point, [self._fitting], nullcontext, first)
                 then = None if earlier is None else (earlier[0], earlier[2])
-                self._kept = (point, fitted, self._prefix.outputs(point, inputs, running, then))
+                self._kept = (point, fitted, self._prefix.outputs(point, inputs, self._running, then))
         return self._kept[1:]
 
     def _left(self, point: CutPoint) -> float:
@@ -246,10 +252,10 @@ class Workbench:
         On some of both, enough to see whether those images are unlike what the network was trained on.
         """
         model = cut(self.model, Cut())
-        batches = self.placed(self.task.val_batches(500)) if self._val is None else self._val
-        some = list(itertools.islice(batches, 2))
+        batches = self.placed(self.task.val_batches(self._batch)) if self._val is None else self._val
+        some = list(itertools.islice(batches, -(-1000 // self._batch)))
         with suited_threads(self.macs):
-            recalibrate(model, self._calibration[:4])
+            recalibrate(model, self._calibration[:4], self._running)
             found = [measure(m, some, self.task.metric, self.task.loss, self.precision) for m in (self.model, model)]
         return found[0].summary("dense"), found[1].summary("recalibrated")
 

@@ -4,7 +4,9 @@ The cheapest recovery there is: slicing changes what every later batch-norm sees
 wrong for it. The batches must be augmented as in training, since that is what the averages were made from.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,11 @@ __all__ = ["recalibrate"]
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    running: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
     """Replace the running statistics of every batch-norm, in place, by averages over the batches.
 
     Every sample weighs the same, however long its batch is: the means are those of all samples together, the variances
@@ -25,6 +31,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
     Args:
         model: The network; its mode is restored.
         batches: `(inputs, targets)`; batches of one sample are left out, since they have no variance.
+        running: What the network runs under, as in `torch.autocast`.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
@@ -40,6 +47,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Te
                 seen += len(inputs)
                 for norm in norms:
                     norm.momentum = len(inputs) / seen  # the newest batch's weight in torch's running average
-                model(inputs)
+                with running():
+                    model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -1,0 +1,320 @@
+"""How fast candidates are evaluated, beside the loops that people write by hand, at identical work.
+
+    python benchmarks/throughput.py --data-root DIR --weights resnet20-12fca82f.th --json throughput.json
+    python benchmarks/throughput.py --network torchvision:resnet18 --size 224 --val 200 --calibration 100
+
+One candidate is: remove the same share of every group inside a block (the residual stages of the CIFAR networks, padded
+with zeros, are beyond Torch-Pruning), recalibrate batch-norm on augmented training images (2,000), and
+measure the accuracy on the validation split (5,000); then the same with 20 steps of fine-tuning in between.
+
+- ours: the evaluator of the product, at its rung `recalibrated` so that the work is the same, and at its default rung
+  `reconstructed`, which fits layers too.
+- by hand: `copy.deepcopy`, a pruner of Torch-Pruning with its dependency graph, float32 as torch lays it out.
+- masked: the dense network with zeros in place of what is removed, float32, as the published AMC code evaluates.
+
+They alternate in one process; medians, and ratios of them. Besides: what the framework takes of a candidate's time, the
+share of the machine's measured matrix-product rate in bfloat16, and one sensitivity cell a group against as many
+candidates by hand.
+
+Without `--data-root` the network has random weights and the images are noise: time does not depend on either.
+"""
+
+import argparse
+import contextlib
+import copy
+import fnmatch
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+import autoprune as ap
+from autoprune import models
+from autoprune.evaluation import RUNGS, Evaluator, Ledger
+from autoprune.finetuning import Recipe
+from autoprune.finetuning.train import one_cycle
+from autoprune.policy import Policy
+from autoprune.preparation import Prepared, prepare
+from autoprune.settings import SearchSettings
+
+
+class Ours:
+    """The product's evaluator."""
+
+    def __init__(self, task: ap.Task, calibration: int, recover: str, sparsity: float, groups: str) -> None:
+        settings = SearchSettings(budget="macs<=99%", recover=recover, calibration_images=calibration)
+        self.prepared: Prepared = prepare(task, settings)
+        self.bench = self.prepared.bench
+        self.evaluator = Evaluator(self.bench, self.prepared.costs, settings.recovery, Ledger(), 0)
+        self.names = fnmatch.filter(self.prepared.structure.names, groups)
+        self.removed = self.prepared.structure.removed(Policy(dict.fromkeys(self.names, sparsity)))
+        self.macs = self.prepared.costs.cost(self.removed).macs
+
+    def __call__(self, steps: int) -> float:
+        """Evaluate a candidate, and return its accuracy."""
+        model = self.bench.recovered(self.removed)
+        if steps:
+            self.evaluator.train(model, steps, Recipe(), 0, self.removed)
+        return self.bench.measure(model).summary("").accuracy
+
+    def overhead(self, candidates: int = 50) -> float:
+        """Return the seconds a candidate that are no forward pass, no backward pass and no data."""
+        measured = self.bench.dense
+        rng = torch.Generator().manual_seed(0)
+        shares = torch.rand(candidates, len(self.removed), generator=rng) * 0.5
+        policies = [Policy(dict(zip(self.removed, row.tolist(), strict=True))) for row in shares]
+        nothing = mock.patch.multiple(self.bench, recover=lambda *_: None, measure=lambda *_: measured)
+        seconds = []
+        with nothing:
+            for policy in policies:
+                started = time.perf_counter()
+                self.evaluator.evaluate(policy, arm="search", agent="none")
+                seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds)
+
+
+class ByHand:
+    """What a user writes: float32, batches of 256, as torch lays tensors out."""
+
+    def __init__(self, task: ap.Task, calibration: int, sparsity: float, groups: str) -> None:
+        self.task, self.sparsity, self.groups = task, sparsity, groups
+        self.model = task.fresh_model().eval()
+        self.val = list(task.val_batches(256))
+        self.calibration = list(task.calibration_batches(calibration, 250, 0))
+
+    def __call__(self, steps: int) -> float:
+        """Evaluate a candidate, and return its accuracy."""
+        model = self.pruned()
+        model.train()
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        with torch.no_grad():
+            for inputs, _ in self.calibration:
+                model(inputs)
+        if steps:
+            self.train(model, steps)
+        model.eval()
+        right = 0
+        with torch.no_grad():
+            for inputs, targets in self.val:
+                right += int((model(inputs).argmax(1) == targets).sum())
+        return right / self.task.n_val
+
+    def pruned(self) -> nn.Module:
+        """Return a smaller copy."""
+        import torch_pruning as tp
+
+        model = copy.deepcopy(self.model)
+        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pruner = tp.pruner.MetaPruner(
+                model,
+                self.task.example_input,
+                importance=tp.importance.MagnitudeImportance(p=1),
+                pruning_ratio=0.0,
+                pruning_ratio_dict={
+                    module: self.sparsity
+                    for name, module in model.named_modules()
+                    if isinstance(module, nn.Conv2d) and fnmatch.fnmatch(name, self.groups)
+                },
+                ignored_layers=[last],
+            )
+            pruner.step()
+        return model
+
+    def train(self, model: nn.Module, steps: int) -> None:
+        """Fine-tune, by the recipe of the product."""
+        recipe = Recipe()
+        optimizer = torch.optim.SGD(
+            model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+        )
+        batches = self.task.train_batches(recipe.batch_size, 0)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = recipe.lr * one_cycle((step + 1) / steps, recipe.warmup)
+            inputs, targets = next(batches)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+            self.stepped(model)
+
+    def stepped(self, model: nn.Module) -> None:
+        """Do what has to be done after a step."""
+
+
+class Masked(ByHand):
+    """The dense network with zeros, as published code of AMC evaluates."""
+
+    def __init__(self, task: ap.Task, calibration: int, ours: Ours) -> None:
+        super().__init__(task, calibration, 0.0, "")
+        change = ours.bench.change(ours.removed)
+        self.masks: dict[str, torch.Tensor] = {}
+        for name, tensor in self.model.named_parameters():
+            kept = change.kept.get(name, {})
+            mask = torch.ones_like(tensor)
+            for dim, indices in kept.items():
+                along = torch.zeros(tensor.shape[dim])
+                along[indices] = 1
+                mask *= along.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
+            self.masks[name] = mask
+
+    def pruned(self) -> nn.Module:
+        """Return a copy with zeros."""
+        model = copy.deepcopy(self.model)
+        self.stepped(model)
+        return model
+
+    def stepped(self, model: nn.Module) -> None:
+        """Put the zeros back."""
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.mul_(self.masks[name])
+
+
+def compare(ways: dict[str, Callable[[int], float]], steps: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Return seconds and accuracy of a candidate, the ways taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    accuracy = {}
+    for number in range(repeats + 1):  # the first is the warm-up
+        for name, way in ways.items():
+            started = time.perf_counter()
+            accuracy[name] = way(steps)
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return {
+        name: {
+            "median": statistics.median(values),
+            "low": min(values),
+            "high": max(values),
+            "accuracy": accuracy[name],
+        }
+        for name, values in seconds.items()
+    }
+
+
+def sensitivity(ours: Ours, by_hand: Callable[[int], float]) -> dict[str, float]:
+    """Return the seconds of one cell a group, and of as many candidates by hand (three are timed)."""
+    names = sorted(ours.names, key=lambda name: ours.bench.begins({name: ours.removed[name]}))
+    started = time.perf_counter()
+    for name in names:
+        ours.bench.probe({name: ours.removed[name]})
+    mine = time.perf_counter() - started
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        by_hand(0)
+        times.append(time.perf_counter() - started)
+    executed = ours.bench.executed
+    return {
+        "cells": len(names),
+        "ours": mine,
+        "by_hand": statistics.median(times) * len(names),
+        "executed": sum(executed) / len(executed),
+    }
+
+
+def peak(size: int = 4096) -> float:
+    """Return multiply-adds a second of matrix products in bfloat16."""
+    a, b = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return size**3 / min(seconds)
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the measurements as Markdown."""
+    lines = [
+        "| way | fine-tuning steps | seconds a candidate | a minute | times as fast as by hand | as masked |",
+        "|---|---|---|---|---|---|",
+    ]
+    for steps, ways in found["candidates"].items():
+        for name, row in ways.items():
+            ratios = [f"{ways[other]['median'] / row['median']:.1f}" for other in ("by hand", "masked")]
+            spread = f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+            lines.append(f"| {name} | {steps} | {spread} | {60 / row['median']:.0f} | {' | '.join(ratios)} |")
+    cells = found["sensitivity"]
+    lines += [
+        "",
+        f"Sensitivity, {cells['cells']} cells: {cells['ours']:.1f} s, by hand {cells['by_hand']:.1f} s: "
+        f"{cells['by_hand'] / cells['ours']:.1f} times as fast; {cells['executed']:.0%} of the multiply-adds ran.",
+        f"Framework: {1e3 * found['overhead']:.1f} ms a candidate. Share of the matrix-product rate in bfloat16: "
+        f"{found['share']:.0%}.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    task = _task(options)
+    ours = {rung: Ours(task, options.calibration, rung, options.sparsity, options.groups) for rung in RUNGS}
+    same = ours["recalibrated"]
+    ways: dict[str, Callable[[int], float]] = {f"ours, {rung}": way for rung, way in ours.items()}
+    hand = ByHand(task, options.calibration, options.sparsity, options.groups)
+    ways |= {"by hand": hand, "masked": Masked(task, options.calibration, same)}
+    with contextlib.suppress(RuntimeError):  # set once a process
+        torch.set_num_interop_threads(1)
+    candidates = {steps: compare(ways, steps, options.repeats) for steps in options.steps}
+    work = same.macs * (task.n_val + options.calibration)
+    found = {
+        "machine": {"torch": torch.__version__, "python": platform.python_version(), "threads": options.threads},
+        "settings": {key: str(value) for key, value in vars(options).items()},
+        "precision": str(same.bench.choice),
+        "macs": same.macs,
+        "candidates": candidates,
+        "sensitivity": sensitivity(ours["reconstructed"], hand),
+        "overhead": same.overhead(),
+        "share": work / candidates[0]["ours, recalibrated"]["median"] / peak() if 0 in candidates else None,
+    }
+    print(table(found))
+    print(f"\nCandidates are {found['precision']}.")
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _task(options: argparse.Namespace) -> ap.Task:
+    if options.data_root is not None:
+        return ap.Task.named(options.network, options.data, root=options.data_root, weights=options.weights)
+    model = models.build(options.network, num_classes=10, in_channels=3, input_size=options.size)
+    generator = torch.Generator().manual_seed(0)
+    number = options.val + options.calibration
+    images = torch.randn(number, 3, options.size, options.size, generator=generator)
+    targets = torch.arange(number) % 10
+    val = (images[: options.val], targets[: options.val])
+    return ap.Task(model, train=(images[options.val :], targets[options.val :]), val=val)
+
+
+def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="resnet20")
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--size", type=int, default=32, help="of images of noise")
+    parser.add_argument("--val", type=int, default=5000, help="images of noise that are measured on")
+    parser.add_argument("--calibration", type=int, default=2000)
+    parser.add_argument("--groups", default="*.conv1", help="which lose channels")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of each of them")
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 20])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
