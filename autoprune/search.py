@@ -29,6 +29,7 @@ from autoprune.errors import (
     TaskError,
 )
 from autoprune.evaluation import TIME_LIMIT, Arm, Candidate, Evaluator, Measurement
+from autoprune.fidelity import agreements
 from autoprune.finaliser import PrunedNetwork
 from autoprune.policy import Policy
 from autoprune.preparation import Prepared, evaluator_of, prepare
@@ -162,6 +163,7 @@ class _Search:
         limit = self.settings.time_limit
         self.deadline = None if limit is None else started + limit
         self.logged: set[str] = set()
+        self.predicted: Analytic | None = None
 
     def run(self, agent: Any) -> SearchResult:
         dense = self.measure_dense()
@@ -171,7 +173,7 @@ class _Search:
         network: PrunedNetwork | None = None
         summary: dict[str, Any] = {}
         try:
-            predicted = self.predict()
+            self.predicted = predicted = self.predict()
             sensitivity = self.analyse(predicted)
             arm = self.search(agent, sensitivity, predicted, dense)
             summary, network = self.conclude(arm, dense)
@@ -420,6 +422,19 @@ class _Search:
 
     # -- after ----------------------------------------------------------------------------------------------------
 
+    def _fidelity(self) -> list[dict[str, Any]]:
+        """Return how well what was known early ranks the search's own candidates."""
+        own = [c for c in measured(self.evaluator.ledger) if c.arm in ("search", "random")]
+        known: dict[str, list[float]] = {}
+        if self.predicted is not None:
+            names = self.prepared.structure.names
+            counts = np.array([[c.removed[name] for name in names] for c in own]).reshape(len(own), len(names))
+            known["predicted"] = (-self.predicted.predict(counts)).tolist()
+        if self.folder.sensitivity.exists():
+            report = SensitivityReport.load(self.folder.sensitivity)
+            known["sensitivity"] = [report.predicted_accuracy(c.removed) for c in own]
+        return [agreement.to_dict() for agreement in agreements(own, known)]
+
     def conclude(self, arm: Arm, dense: Measurement) -> tuple[dict[str, Any], PrunedNetwork]:
         """Pick, compare with the controls at the same cost, rebuild, save and report."""
         costs, ledger = self.prepared.costs, self.evaluator.ledger
@@ -451,6 +466,7 @@ class _Search:
             "uniform": None if uniform is None else point_of(uniform),
             "random": {"size": len(randoms), "best": None if best_random is None else point_of(best_random)},
             "predicted": predicted(self.folder, chosen),
+            "fidelity": self._fidelity(),
             "latency": self._latency(picked),
         }
         write_front(self.folder, self.evaluator)

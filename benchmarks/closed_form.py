@@ -40,12 +40,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import kendalltau
 
 import autoprune as ap
 from autoprune import data, models
 from autoprune.cost import Budget
 from autoprune.evaluation import Evaluator, Ledger
+from autoprune.fidelity import kendall
 from autoprune.finetuning import Recipe, recalibrate, reconstruct
 from autoprune.policy import Policy
 from autoprune.preparation import Prepared, prepare
@@ -213,22 +213,11 @@ def rank_table(rows: Sequence[dict[str, Any]]) -> str:
         predicted = rung.startswith("predicted")
         seconds = float(np.median([row["spent"] if predicted else row["seconds"][rung] for row in rows]))
         spent = f"{seconds:.1e}" if predicted else f"{seconds:.2f} + {measuring:.2f}"
-        taus = [_tau(values, last), _tau(values[better], last[better])]
+        taus = [kendall(values, last), kendall(values[better], last[better])]
         texts = ["" if rung == f"steps_{STEPS[-1]}" else f"{t:.2f} ({low:.2f} to {high:.2f})" for t, low, high in taus]
         accuracy = "" if predicted else f"{values.mean():.1%}"
         lines.append(f"| {name} | {texts[0]} | {texts[1]} | {accuracy} | {spent} |")
     return "\n".join(lines)
-
-
-def _tau(values: np.ndarray, last: np.ndarray) -> tuple[float, float, float]:
-    """Return Kendall's tau-b with a bootstrap interval of 95 %."""
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(1000):
-        rows = rng.integers(len(last), size=len(last))
-        draws.append(kendalltau(values[rows], last[rows]).statistic)
-    low, high = np.nanquantile(draws, (0.025, 0.975))
-    return float(kendalltau(values, last).statistic), float(low), float(high)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

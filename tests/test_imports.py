@@ -21,7 +21,7 @@ _NETWORK = f"{_BASE} structure cost"
 _TRAINING = f"{_NETWORK} {_TASK} moments scoring scheduling"
 _EVALUATION = f"{_TRAINING} finetuning evaluation"
 _PREDICTION = f"{_EVALUATION} separable analytic"
-_OUTPUT = "pareto report export finaliser tracking result"
+_OUTPUT = "fidelity pareto report export finaliser tracking result"
 _RESULT = f"_version {_PREDICTION} bounds settings preparation sensitivity {_OUTPUT}"
 _PARTS = f"{_RESULT} environment"
 _ALL = f"{_PARTS} search search_spaces agents autoprune"
@@ -50,6 +50,7 @@ LAYERS = {
     "analytic": f"{_NETWORK} moments scoring separable",
     "finetuning": _TRAINING,
     "evaluation": f"{_TRAINING} finetuning",
+    "fidelity": _EVALUATION,
     "bounds": "errors structure",
     "settings": _EVALUATION,
     "sensitivity": _PREDICTION,
@@ -77,7 +78,7 @@ DOORS = {
     "plotly": {"autoprune.report"},
     "ray": set(),
     "rich": {"autoprune.cli"},
-    "scipy": {"autoprune.structure.labels"},
+    "scipy": {"autoprune.structure.labels", "autoprune.fidelity"},
     "sklearn": {"autoprune.data"},
     "stable_baselines3": {"autoprune.agents.amc"},
     "torch_pruning": set(),

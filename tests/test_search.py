@@ -34,6 +34,7 @@ from autoprune.errors import (
     UnknownNameError,
 )
 from autoprune.evaluation import Candidate, Evaluator, Measurement, measure
+from autoprune.fidelity import FEWEST, kendall
 from autoprune.finaliser import PrunedNetwork
 from autoprune.finetuning import Recipe, recalibrate, train
 from autoprune.pareto import front, hypervolume
@@ -404,6 +405,18 @@ def test_no_sample_of_the_test_split_is_read(tmp_path: Path, light: None) -> Non
 
 
 # -------------------------------------------------------------------------------------------------------- watching it
+
+
+def test_how_what_was_known_early_ranks_the_candidates(done: Done, tmp_path: Path, light: None) -> None:
+    assert done.result.summary["fidelity"] == []  # too few
+    result = run(tmp_path / "run", candidates=10, control=2, sensitivity=(0.5,))
+    own = [c for c in result.candidates if c.arm != "uniform"]
+    assert len(own) >= FEWEST
+    found = {one["known"]: one for one in result.summary["fidelity"]}
+    assert list(found) == ["predicted", "sensitivity", "reconstructed"]
+    assert {(one["last"], one["candidates"]) for one in found.values()} == {("short", len(own))}
+    expected = kendall([c.measurements[0].accuracy for c in own], [c.accuracy for c in own])
+    assert found["reconstructed"]["all"] == [pytest.approx(value, abs=1e-4) for value in expected]
 
 
 def test_it_says_first_what_can_be_reached_and_what_it_will_cost(done: Done) -> None:

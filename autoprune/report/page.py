@@ -30,6 +30,13 @@ ABSENT = {
     "final.json": "The picked candidate has not been fine-tuned fully; `autoprune finalize` does that.",
 }
 
+KNOWN = {
+    "predicted": "Predicted from moments, nothing evaluated",
+    "sensitivity": "Drops of single groups, added up",
+    "recalibrated": "Recalibrated",
+    "reconstructed": "Reconstructed",
+}
+
 LOWEST = "The lowest marks may lie below the axis: drag to zoom, double-click to see all."
 CONFIG = {"displayModeBar": False, "responsive": True}
 
@@ -72,6 +79,7 @@ def page(run: Run) -> str:
         _front(run, drawn),
         _policy(run, drawn),
         _progress(run, drawn),
+        _fidelity(run),
         _sensitivity(run, drawn),
         _groups(run),
         _locked(run),
@@ -219,6 +227,30 @@ def _progress(run: Run, drawn: Mapping[str, go.Figure]) -> str:
         "longer search; one that stays worse than the dashed line has found nothing better than uniform pruning. "
         f"{LOWEST}",
     )
+
+
+def _fidelity(run: Run) -> str:
+    found = (run.result or {}).get("fidelity") or []
+    if not found:
+        return ""
+    rows = [
+        ("", [_text(KNOWN.get(one["known"], one["known"])), _tau(one["all"]), _tau(one["better"])]) for one in found
+    ]
+    last, number = found[0]["last"], found[0]["candidates"]
+    return (
+        "<section><h2>How well cheap knowledge ranks</h2><p class='caption'>Kendall's tau between what is known early "
+        f"of a candidate and its accuracy at the last rung ({_text(last)}), over {number} candidates of the agent and "
+        "of the random control, and over the better half of them: 1 is the same order, 0 is none. In brackets, "
+        "bootstrap intervals of 95&nbsp;%.</p>"
+        f"{_table(['Known', 'All', 'Better half'], rows, css='narrow')}</section>"
+    )
+
+
+def _tau(values: Sequence[float | None]) -> str:
+    value, low, high = values
+    if value is None:
+        return ""
+    return f"{value:.2f}" + ("" if low is None or high is None else f" ({low:.2f} to {high:.2f})")
 
 
 def _sensitivity(run: Run, drawn: Mapping[str, go.Figure]) -> str:

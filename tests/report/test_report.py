@@ -202,6 +202,12 @@ class Demo:
                 "uniform": {key: measured[0][key] for key in kept if key not in ("policy", "removed", "bytes")},
                 "random": {"size": 6, "best": {key: random[key] for key in kept}},
                 "predicted": {"accuracy": recalibrated + 0.021, "gap": -0.021},
+                "fidelity": [
+                    {"known": "predicted", "last": "short", "candidates": 30}
+                    | {"all": [0.512, 0.31, 0.68], "better": [None, None, None]},
+                    {"known": "<b>", "last": "short", "candidates": 30}
+                    | {"all": [0.7, 0.6, 0.8], "better": [0.3, None, None]},
+                ],
             },
             "final.json": {
                 "epochs": 10,
@@ -289,6 +295,16 @@ class TestContents:
             assert group in page.text
             assert f"{demo.sizes[group]} → {demo.sizes[group] - removed[group]}" in page.text
         assert "with downsample1" in page.text
+
+    def test_how_well_cheap_knowledge_ranks(self, run):
+        text = outline(run).text
+        assert "its accuracy at the last rung (short), over 30 candidates" in text
+        assert "Predicted from moments, nothing evaluated 0.51 (0.31 to 0.68)" in text
+        assert "<b> 0.70 (0.60 to 0.80) 0.30" in text
+
+    def test_of_a_few_candidates_nothing_is_said_about_ranks(self, run):
+        changed(run, "result.json", fidelity=[])
+        assert "How well cheap knowledge ranks" not in outline(run).text
 
     def test_what_cant_be_pruned_has_its_reason_and_no_rank(self, run):
         page = outline(run)
