@@ -144,6 +144,7 @@ def _panel(
             y=upper + lower[::-1],
             fill="toself",
             fillcolor=BAND,
+            mode="lines",  # a few points would be marked, each in a colour of its own
             line={"width": 0},
             hoverinfo="skip",
             name="± 1 standard error",
