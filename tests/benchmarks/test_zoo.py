@@ -1,11 +1,10 @@
 """The zoo's script: rows that tell sound networks from faulty ones, and a stranger's network from a file."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
@@ -47,19 +46,9 @@ def broken():
 '''
 
 
-def load_script(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # its dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def zoo() -> ModuleType:
-    return load_script(SCRIPT)
+def zoo(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("zoo")
 
 
 @pytest.fixture

@@ -1,0 +1,84 @@
+"""The throughput benchmark compares equal work: its masked network is the smaller one, and what it prints is right."""
+
+import re
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from autoprune.models import build
+from autoprune.structure import cut
+from autoprune.task import Task
+
+
+@pytest.fixture(scope="module")
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("throughput")
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(90, 3, 8, 8, generator=generator), torch.arange(90) % 10
+    model = build("resnet8", in_channels=3, input_size=8)
+    return Task(model, train=(images[:60], targets[:60]), val=(images[60:], targets[60:]))
+
+
+@pytest.fixture(scope="module")
+def ours(script: ModuleType, task: Task) -> Any:
+    return script.Ours(task, 40, "recalibrated", 0.5, "*.conv1")
+
+
+def test_the_masked_network_computes_what_the_smaller_one_does(script: ModuleType, task: Task, ours: Any) -> None:
+    masked = script.Masked(task, 40, ours)
+    model, smaller = masked.pruned(), cut(task.model, ours.bench.change(ours.removed)).eval()
+    inputs = next(iter(task.val_batches(8)))[0]
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs), smaller(inputs), rtol=0, atol=1e-5)
+    masked.train(model, 2)
+    with torch.no_grad():
+        assert all((p[masked.masks[name] == 0] == 0).all() for name, p in model.named_parameters())
+
+
+def test_all_ways_give_an_accuracy_and_a_time(script: ModuleType, task: Task, ours: Any) -> None:
+    ways = {"ours, recalibrated": ours, "by hand": script.Masked(task, 40, ours)}
+    found = script.compare(ways, 1, 2)
+    for row in found.values():
+        assert 0 <= row["accuracy"] <= 1
+        assert 0 < row["low"] <= row["median"] <= row["high"]
+
+
+def test_only_the_groups_that_are_named_lose_channels(ours: Any) -> None:
+    assert {name for name, count in ours.removed.items() if count} == set(ours.names)
+    assert all(name.endswith(".conv1") for name in ours.names)
+
+
+def test_the_framework_s_time_is_taken_without_the_network_s(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours.bench, "recover", None)  # would fail
+    assert 0 < ours.overhead(3) < 10
+
+
+def test_cells_are_counted(script: ModuleType, ours: Any) -> None:
+    found = script.sensitivity(ours, lambda steps: 0.0)
+    assert found["cells"] == len(ours.names)
+    assert 0 < found["executed"] <= 1
+
+
+def test_the_table_has_the_ratios(script: ModuleType) -> None:
+    def row(seconds: float) -> dict[str, float]:
+        return {"median": seconds, "low": seconds, "high": seconds, "accuracy": 0.5}
+
+    text = script.table(
+        {
+            "candidates": {0: {"ours": row(2.0), "by hand": row(5.0), "masked": row(8.0)}},
+            "sensitivity": {"cells": 3, "ours": 2.0, "by_hand": 9.0, "executed": 0.25},
+            "overhead": 0.003,
+            "share": 0.42,
+        }
+    )
+    assert "| ours | 0 | 2.00 (2.00 to 2.00) | 30 | 2.5 | 4.0 |" in text
+    assert re.search(r"4\.5 times as fast; 25% of the multiply-adds ran", text)
+    assert "3.0 ms a candidate" in text
