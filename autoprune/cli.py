@@ -212,14 +212,14 @@ def _trained(task: Task, *, epochs: int, lr: float, batch_size: int, seed: int, 
     def step(done: int, loss: float) -> None:
         progress.step(done, f"loss {loss:.3f}")
 
-    macs = count(model, task.example_input).cost.macs
-    precision = chosen(task, model, macs).training
+    cost = count(model, task.example_input).cost
+    precision = chosen(task, model, cost).training
     if precision.channels_last:
         model.to(memory_format=torch.channels_last)
     device = task.example_input.device
     placed = precision.placed(batches, device)
     running = partial(precision.running, device)
-    with suited_threads(macs):
+    with suited_threads(cost.macs):
         train(
             model,
             placed,
@@ -386,6 +386,8 @@ def sensitivity(
         RunFolder(out.parent).create()
         report.save(out)
     else:
+        if precision == "auto" and out.exists():  # its cells have one, which the clock must not choose anew
+            precision = SensitivityReport.load(out).settings.get("precision", precision)
         settings = SearchSettings(
             criterion=criterion,
             units=_names(units),

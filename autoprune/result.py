@@ -8,7 +8,7 @@ from typing import Any
 
 from autoprune.cost import Budget, Cost, Limit
 from autoprune.errors import ConfigError, RunError, TaskError, TestSetError
-from autoprune.evaluation import Candidate, Evaluator, Measurement
+from autoprune.evaluation import AGREEMENT, Candidate, Evaluator, Measurement
 from autoprune.finaliser import PrunedNetwork
 from autoprune.pareto import front, hypervolume, pick
 from autoprune.preparation import Prepared, evaluator_of, prepare
@@ -293,7 +293,9 @@ def rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNetw
     """
     model, (measured,) = evaluator.recovered(candidate.policy, final=True)
     again = measured.accuracy
-    if not math.isclose(again, candidate.accuracy, abs_tol=2 * candidate.accuracy_se + 1e-9):
+    rounding = AGREEMENT + 1 / evaluator.bench.task.n_val if evaluator.bench.precision.dtype != "float32" else 1e-9
+    noise = 0.0 if math.isnan(candidate.accuracy_se) else 2 * candidate.accuracy_se
+    if not math.isclose(again, candidate.accuracy, abs_tol=noise + rounding):
         raise RunError(
             f"candidate {candidate.id} was measured at {candidate.accuracy:.4f}, but its network, rebuilt from its "
             f"seed, at {again:.4f}; is this the same data, machine and version?"

@@ -113,11 +113,12 @@ def search(
     watcher = progress or Silent()
     started = time.monotonic()
     folder = RunFolder(out)
+    described = task.describe()
     config = {
         "format": FORMAT,
-        "task": task.describe(),
+        "task": described,
         "digest": task.digest(),
-        "measures": conditions(task, {}),
+        "measures": {key: described[key] for key in ("augment", "metric", "loss")},
         "search": options.to_dict(),
         "agent": _identity_of(searcher),
         "source": None if source is None else dict(source),
@@ -135,7 +136,7 @@ def search(
         watcher.line(f"going on with {folder.path}: {len(evaluator.ledger)} candidates are there")
     if reuse is not None and not folder.sensitivity.exists():
         report = SensitivityReport.load(Path(reuse))
-        report.require(task.digest(), conditions(task, options.measured_with))
+        report.require(task.digest(), conditions(task, options.measured_with, prepared.bench.precision))
         report.save(folder.sensitivity)
     log = tracker or MLflowTracker(experiment="autoprune", run_name=folder.path.name, parent_run_id=_parent_run(folder))
     return _Search(prepared, evaluator, folder, watcher, log, started).run(searcher)

@@ -21,7 +21,7 @@ from autoprune import separable
 from autoprune.analytic import Analytic
 from autoprune.cost import CostModel, FeasibleSet
 from autoprune.errors import ConfigError, RunError
-from autoprune.evaluation import Measurement, Workbench
+from autoprune.evaluation import Measurement, Precision, Workbench
 from autoprune.policy import Policy
 from autoprune.run import write_json
 from autoprune.scoring import Evidence
@@ -287,7 +287,7 @@ def analyse(
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"a shard i/n has 1 <= i <= n, but got {shard[0] + 1}/{shard[1]}")
     digest = bench.task.digest()
-    settings = conditions(bench.task, settings)
+    settings = conditions(bench.task, settings, bench.precision)
     dense = bench.dense
     rows = tuple(_rows(bench.structure, costs, predicted))
     report = SensitivityReport(digest, settings, dense.summary("dense"), rows)
@@ -327,6 +327,7 @@ def analyse(
         report = report.with_cell(name, cell)
         report.save(path)
     report.save(path)
+    bench.forget()
     return report
 
 
@@ -338,10 +339,10 @@ def _gone(bench: Workbench, name: str, removed: int, scores: torch.Tensor) -> to
     return scores[bench.change({name: removed}).zeroed[group.pattern.tensor].cpu()]
 
 
-def conditions(task: Task, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what cells depend on besides network and data: the settings, and augmentation, metric and loss by name."""
+def conditions(task: Task, settings: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
+    """Return what cells depend on besides network and data: settings, format; augmentation, metric and loss by name."""
     described = task.describe()
-    return {**settings, **{key: described[key] for key in ("augment", "metric", "loss")}}
+    return {**settings, "precision": precision.dtype, **{key: described[key] for key in ("augment", "metric", "loss")}}
 
 
 def _rows(structure: Structure, costs: CostModel, predicted: Analytic | None) -> Iterator[GroupSensitivity]:

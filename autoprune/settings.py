@@ -34,7 +34,7 @@ class SearchSettings:
             policies rank as well without (`benchmarks/closed_form.md`), and the picked one is fine-tuned afterwards.
         lr: Peak learning rate of short fine-tuning.
         precision: What candidates are fine-tuned and measured in: "auto" (the fastest that agrees with float32 on this
-            machine), "float32" or "bfloat16". Final numbers are in float32.
+            machine), "float32" or "bfloat16". The saved network's numbers are in float32.
         calibration_images: Augmented training images that batch-norm statistics and fits are made from.
         activations_memory: Bytes, in GB, that the dense network's activations may take while single groups are probed.
         moments_memory: Bytes, in GB, that the moments of the layers' inputs may take.
@@ -155,7 +155,7 @@ class SearchSettings:
     @property
     def measured_with(self) -> dict[str, Any]:
         """What sensitivity cells depend on."""
-        names = ("criterion", "recover", "precision", "calibration_images", "seed", "units", "multiple", "normalised")
+        names = ("criterion", "recover", "calibration_images", "seed", "units", "multiple", "normalised")
         values = {name: getattr(self, name) for name in names}
         return values | {"units": list(self.units)}
 

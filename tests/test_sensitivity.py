@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from autoprune.cost import CostModel, FeasibleSet
 from autoprune.errors import ConfigError, RunError
-from autoprune.evaluation import Measurement, Workbench, evaluator
+from autoprune.evaluation import Measurement, Precision, Workbench, evaluator
 from autoprune.finetuning import Recipe, recalibrate, train
 from autoprune.policy import Policy
 from autoprune.scoring import Evidence, removal_orders
@@ -326,8 +326,9 @@ def test_the_network_stays_as_it_is(setup: Setup, network: nn.Module, tmp_path: 
 
 
 def test_conditions_are_settings_and_the_names_of_what_measures(setup: Setup) -> None:
-    assert conditions(setup.task, {"seed": 3}) == {
+    assert conditions(setup.task, {"seed": 3}, Precision("bfloat16")) == {
         "seed": 3,
+        "precision": "bfloat16",
         "augment": None,
         "metric": "top1",
         "loss": "cross_entropy",

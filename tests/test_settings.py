@@ -21,7 +21,6 @@ def test_the_defaults_are_valid_and_of_the_documented_size() -> None:
     assert settings.measured_with == {
         "criterion": "l1",
         "recover": "reconstructed",
-        "precision": "auto",
         "calibration_images": 2000,
         "seed": 0,
         "units": ["channels", "heads"],

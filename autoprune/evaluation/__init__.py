@@ -4,9 +4,10 @@ from autoprune.evaluation.candidate import RUNGS, Candidate, Measurement
 from autoprune.evaluation.evaluator import TIME_LIMIT, Arm, Evaluator, Recovery, Workbench
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
-from autoprune.evaluation.precision import PRECISIONS, Choice, Precision, chosen
+from autoprune.evaluation.precision import AGREEMENT, PRECISIONS, Choice, Precision, chosen
 
 __all__ = [
+    "AGREEMENT",
     "PRECISIONS",
     "RUNGS",
     "TIME_LIMIT",

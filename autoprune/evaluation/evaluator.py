@@ -4,7 +4,6 @@ Agents propose through an `Arm`, which ends them by `SearchOver`; they can't ope
 the policy and the search's seed alone, never on what was evaluated before, so that a ledger can be replayed.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from autoprune.errors import DivergedError, SearchOver
 from autoprune.evaluation.candidate import Candidate, Measurement
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
-from autoprune.evaluation.precision import Choice, Precision, chosen
+from autoprune.evaluation.precision import Choice, Precision, chosen, until
 from autoprune.evaluation.prefix import CutPoint, Prefix
 from autoprune.finetuning import Recipe, Refit, recalibrate, train
 from autoprune.policy import Policy
@@ -41,6 +40,7 @@ _FITTED_MEMORY = 1 << 30  # bytes of activations while layers are fitted, which 
 _MOST_FITTED, _FEWEST_FITTED = 500, 32  # images
 _FITTED_EACH, _FITTED_ROWS = 20, 10_000  # output positions of an image, of all images
 _CACHED = 16 << 20  # bytes of activations of a batch that is measured: what the caches of a processor hold
+_COMPARED = 1000  # samples on which recalibration of the dense network is looked at
 _NUMBER = 4  # bytes of an activation, at most
 _SAMPLES = 3  # on which cut points are verified
 _REPEATS = 200  # proposals in a row that were all evaluated before: the agent has converged
@@ -110,7 +110,7 @@ class Workbench:
         self._at_once = max(_FEWEST_FITTED, min(_MOST_FITTED, _FITTED_MEMORY // max(1, dense.activations)))
         self._seed = derive(seed, "fitted rows")
         self.device = next(iter(self.model.parameters())).device
-        self.choice = precision if isinstance(precision, Choice) else chosen(task, self.model, self.macs, precision)
+        self.choice = precision if isinstance(precision, Choice) else chosen(task, self.model, dense, precision)
         self.precision = self.choice.precision
         if task.example_input.dim() == 4:
             layout = torch.channels_last if self.precision.channels_last else torch.contiguous_format
@@ -195,7 +195,8 @@ class Workbench:
         """
         change = self.change(removed)
         point = None if self.rung == "recalibrated" or self._val is None else self._prefix.point(change)
-        if point is None or point.size * (self.task.n_val + self._at_once) * _NUMBER > self.activations_memory:
+        needed = 0 if point is None else 2 * point.size * (self.task.n_val + self._at_once) * _NUMBER  # old and new
+        if point is None or needed > self.activations_memory:
             self.executed.append(1.0)
             return self.measure(self.recovered(removed))
         fitted, measured = self._outputs(point)
@@ -211,6 +212,10 @@ class Workbench:
 
             self.executed.append(self._left(point))
             return measure(model, handing(), self.task.metric, self.task.loss, self.precision)
+
+    def forget(self) -> None:
+        """Drop the activations that are kept for probes."""
+        self._kept = None
 
     @property
     def work(self) -> str:
@@ -234,10 +239,9 @@ class Workbench:
             earlier = there if there is not None and there[0].end < point.end else None
             inputs = [batch for batch, _ in self._val or ()]
             with suited_threads(self.macs):
-                first = None if earlier is None else (earlier[0], [earlier[1]])
-                (fitted,) = self._prefix.outputs(point, [self._fitting], nullcontext, first)
-                then = None if earlier is None else (earlier[0], earlier[2])
-                self._kept = (point, fitted, self._prefix.outputs(point, inputs, self._running, then))
+                before = (None, None) if earlier is None else ((earlier[0], [earlier[1]]), (earlier[0], earlier[2]))
+                (fitted,) = self._prefix.outputs(point, [self._fitting], nullcontext, before[0])
+                self._kept = (point, fitted, self._prefix.outputs(point, inputs, self._running, before[1]))
         return self._kept[1:]
 
     def _left(self, point: CutPoint) -> float:
@@ -253,9 +257,9 @@ class Workbench:
         """
         model = cut(self.model, Cut())
         batches = self.placed(self.task.val_batches(self._batch)) if self._val is None else self._val
-        some = list(itertools.islice(batches, -(-1000 // self._batch)))
+        some, images = list(until(batches, _COMPARED)), list(until(self._calibration, _COMPARED))
         with suited_threads(self.macs):
-            recalibrate(model, self._calibration[:4], self._running)
+            recalibrate(model, images, self._running)
             found = [measure(m, some, self.task.metric, self.task.loss, self.precision) for m in (self.model, model)]
         return found[0].summary("dense"), found[1].summary("recalibrated")
 

@@ -16,22 +16,26 @@ from typing import Any, Final, Self
 import torch
 from torch import nn
 
+from autoprune.cost import Cost
 from autoprune.data import Batch
 from autoprune.inputs import evaluating
 from autoprune.seeds import seeded_torch
 from autoprune.task import Task
 from autoprune.threads import SMALL_MACS, suited_threads
 
-__all__ = ["AGREEMENT", "GAIN", "PRECISIONS", "Choice", "Precision", "Trial", "choose", "chosen"]
+__all__ = ["AGREEMENT", "GAIN", "PRECISIONS", "Choice", "Precision", "Trial", "choose", "chosen", "until"]
 
 PRECISIONS: Final = ("auto", "float32", "bfloat16")
 """What a user may ask for; "auto" is the fastest that agrees."""
 AGREEMENT: Final = 0.01
-"""Share of the samples (one sample at least) on which another format may decide or score differently."""
+"""Share of the samples (one sample at least) on which another format may decide differently, or score differently by
+more than this."""
 GAIN: Final = 1.25
 """How many times as fast as float32 another format must be; less is not told from noise, and not worth the rounding."""
 _MOST, _FEWEST, _MACS = 500, 64, 20_000_000_000  # samples that precisions are tried on
 _TRAINED = 64  # of them, in a training step
+_BYTES = 1 << 30  # of a layer's activations, for all of them
+_BYTES_TRAINED = 1 << 26  # the same while training, which keeps those of all layers
 
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -125,24 +129,39 @@ class Choice:
         return cls(Precision(**document["precision"]), Precision(**document["training"]), tuple(trials))
 
 
-def chosen(task: Task, model: nn.Module, macs: int, wanted: str = "auto") -> Choice:
+def chosen(task: Task, model: nn.Module, cost: Cost, wanted: str = "auto") -> Choice:
     """Return the precision that a user wants: one by name, or the fastest on some validation samples that agrees.
 
     Args:
         task: Has the samples.
         model: The dense network.
-        macs: Its multiply-adds a sample. Small networks stay in float32, unmeasured: their time is not arithmetic, and
-            what they give does not depend on the clock.
+        cost: Its cost. Small networks stay in float32, unmeasured: their time is not arithmetic, and what they give
+            does not depend on the clock. So do those for which there are hardly any samples, or hardly any room.
         wanted: Of `PRECISIONS`.
     """
     spatial = task.example_input.dim() == 4
-    if wanted != "auto" or macs < SMALL_MACS:
-        precision = Precision("float32" if wanted == "auto" else wanted, spatial)
-        return Choice(precision, precision)
-    samples = max(_FEWEST, min(_MOST, _MACS // macs))
-    inputs, targets = (part.to(task.example_input.device) for part in next(iter(task.val_batches(samples))))
-    with suited_threads(macs):
-        return choose(copy.deepcopy(model), inputs[:samples], targets[:samples], task.metric, task.loss)
+    plain = Precision("float32" if wanted == "auto" else wanted, spatial)
+    room = _BYTES // max(1, cost.activations)
+    if wanted != "auto" or cost.macs < SMALL_MACS or min(room, task.n_val) < _FEWEST:
+        return Choice(plain, plain)
+    samples = min(room, max(_FEWEST, min(_MOST, _MACS // cost.macs)))
+    batches = list(until(task.val_batches(samples), samples))
+    inputs, targets = (torch.cat(parts)[:samples] for parts in zip(*batches, strict=True))
+    device = task.example_input.device
+    with suited_threads(cost.macs):
+        trained = max(1, min(_TRAINED, _BYTES_TRAINED // max(1, cost.activations)))
+        found = (inputs.to(device), targets.to(device), task.metric, task.loss)
+        return choose(copy.deepcopy(model), *found, trained=trained)
+
+
+def until(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """Yield batches until they hold so many samples, or there are no more."""
+    there = 0
+    for inputs, targets in batches:
+        yield inputs, targets
+        there += len(inputs)
+        if there >= samples:
+            return
 
 
 def choose(
@@ -151,6 +170,8 @@ def choose(
     targets: torch.Tensor,
     metric: Measure,
     loss: Measure,
+    *,
+    trained: int = _TRAINED,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Choice:
     """Time a network in every precision, and return the fastest that agrees with float32, for measuring and training.
@@ -164,6 +185,7 @@ def choose(
         targets: `(n, ...)`.
         metric: Per-sample score, `(outputs, targets) -> (n,)`.
         loss: Per-sample loss, `(outputs, targets) -> (n,)`.
+        trained: Samples of a training step.
         clock: Seconds, for tests.
     """
     spatial = inputs.dim() == 4
@@ -175,19 +197,19 @@ def choose(
         for precision in tried:
             try:
                 seconds, outputs = _timed(model, precision, inputs, clock)
-            except (RuntimeError, TypeError, NotImplementedError) as error:
+            except Exception as error:  # as much as networks can object to
                 if not expected:
                     raise
                 trials.append(Trial(precision, 0.0, 1.0, failure=f"fails: {' '.join(str(error).split())[:100]}"))
                 continue
             found = _decided(outputs, targets, metric)
             expected = expected or found
-            differs = torch.stack([a != b for a, b in zip(expected, found, strict=True)]).any(0).float().mean()
+            differs = torch.stack([_apart(*pair) for pair in zip(expected, found, strict=True)]).any(0).float().mean()
             trials.append(Trial(precision, round(1000 * seconds / len(inputs), 4), float(differs)))
     allowed = max(AGREEMENT, 1.001 / len(inputs))
-    agree = [trial for trial in trials if trial.failure is None and trial.differs <= allowed]
+    agree = [t for t in trials if t.failure is None and (t.differs <= allowed or t.precision.dtype == "float32")]
     best = _fastest({trial.precision: trial.seconds for trial in agree})
-    few, few_targets = inputs[:_TRAINED], targets[:_TRAINED]
+    few, few_targets = inputs[:trained], targets[:trained]
     with seeded_torch(0):  # dropout draws
         training = {
             trial.precision: 1000 * _trained(model, trial.precision, few, few_targets, loss, clock) / len(few)
@@ -228,16 +250,19 @@ def _trained(
     placed = _laid_out(model, precision, inputs)
     model.train()
     seconds = []
-    for _ in range(3):  # the first warms up
-        started = clock()
-        with precision.running(inputs.device):
-            outputs = model(placed)
-        value = loss(outputs.float(), targets).mean()
-        if not value.requires_grad or not math.isfinite(value.item()):
-            return math.inf
-        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        _finish(inputs.device)
-        seconds.append(clock() - started)
+    try:
+        for _ in range(3):  # the first warms up
+            started = clock()
+            with precision.running(inputs.device):
+                outputs = model(placed)
+            value = loss(outputs.float(), targets).mean()
+            if not math.isfinite(value.item()):
+                return math.inf
+            value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            _finish(inputs.device)
+            seconds.append(clock() - started)
+    except Exception:  # whoever trains it is told; here nothing is trained
+        return math.inf
     return min(seconds[1:])
 
 
@@ -254,7 +279,14 @@ def _finish(device: torch.device) -> None:
 
 def _decided(outputs: torch.Tensor, targets: torch.Tensor, metric: Measure) -> tuple[torch.Tensor, ...]:
     scores = metric(outputs, targets)
-    return (scores, outputs.argmax(1).to(scores.dtype)) if outputs.dim() == 2 else (scores,)
+    return (scores, outputs.argmax(1)) if outputs.dim() == 2 else (scores,)
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return which samples are decided otherwise, or scored otherwise by more than a hundredth."""
+    if not a.is_floating_point():
+        return a != b
+    return ~torch.isclose(a, b, rtol=0.0, atol=AGREEMENT, equal_nan=True)
 
 
 def _fastest(seconds: Mapping[Precision, float]) -> Precision:

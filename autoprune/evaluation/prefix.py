@@ -3,7 +3,7 @@
 Modules run one after another, so what ran before the first tensor that was cut is the dense network's own, whatever the
 code between modules does. A probe begins at a *cut point*: the output of one module is handed in, and modules that
 ended before it do not run. That all that follows depends on this output alone is verified: the dense network must give
-its outputs with NaN in place of all that is skipped.
+its outputs with NaN, and with zeros, in place of all that is skipped, after it ran on something else.
 """
 
 from collections import Counter
@@ -102,7 +102,8 @@ class Prefix:
 
         def after(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                batched = isinstance(output, torch.Tensor) and output.dim() > 0 and not len(output) % len(self._inputs)
+                floats = isinstance(output, torch.Tensor) and output.is_floating_point() and output.dim() > 0
+                batched = floats and not len(output) % len(self._inputs)
                 kept = output.clone() if batched else None  # what follows may change it in place
                 self._calls.append(_Call(name, begun[name], next(clock), kept))
 
@@ -117,6 +118,12 @@ class Prefix:
         finally:
             for handle in handles:
                 handle.remove()
+        holding = {name for name, module in model.named_modules() if any(True for _ in module.buffers(recurse=False))}
+        self._repeated = [
+            (self._starts[name], max(call.end for call in self._calls if call.name == name))
+            for name in holding
+            if times[name] > 1
+        ]
         self._calls = [call for call in self._calls if call.name and times[call.name] == 1 and call.output is not None]
         same: dict[int, list[str]] = {}
         for module_name, module in model.named_modules(remove_duplicate=False):
@@ -193,21 +200,26 @@ class Prefix:
 
     @torch.no_grad()
     def _stands(self, call: _Call) -> CutPoint | None:
+        if any(start < call.end < end for start, end in self._repeated):
+            return None  # a module with statistics runs on both sides
         skipped: list[_Call] = []
         for one in sorted((c for c in self._calls if c.end <= call.end), key=lambda one: one.start):
             if not skipped or one.start > skipped[-1].end:  # else it lies within
                 skipped.append(one)
         names = tuple(one.name for one in skipped)
         assert call.output is not None
-        with evaluating(self._model), self._without(self._model, names) as handed:
-            handed.filler = torch.nan
-            handed.give(call.output.clone(), len(self._inputs))
-            try:
-                found = self._model(self._inputs)
-            except Exception:  # code that can't stand what it gets: no cut point
-                return None
-        if not torch.equal(found, self._expected) or not torch.equal(handed.value, call.output):
-            return None  # it depends on more, or what is handed in would not stay as it is
+        for filler in (torch.nan, 0.0):
+            with evaluating(self._model):
+                self._model(self._inputs[:2].flip(0))  # what modules keep for later is now of other inputs
+                with self._without(self._model, names) as handed:
+                    handed.filler = filler
+                    handed.give(call.output.clone(), len(self._inputs))
+                    try:
+                        found = self._model(self._inputs)
+                    except Exception:  # code that can't stand what it gets: no cut point
+                        return None
+            if not torch.equal(found, self._expected) or not torch.equal(handed.value, call.output):
+                return None  # it depends on more, or what is handed in would not stay as it is
         return CutPoint(call.name, call.end, names, call.output.numel() // len(self._inputs))
 
     @contextmanager
@@ -222,13 +234,13 @@ class Prefix:
             each = len(output) // len(self._inputs)
 
             def forward(*_: Any, **__: Any) -> torch.Tensor:
-                kind = handed.value.dtype if output.is_floating_point() else output.dtype
-                one = torch.full((), handed.filler if kind.is_floating_point else 0, dtype=kind, device=output.device)
+                one = torch.full((), handed.filler, dtype=handed.value.dtype, device=output.device)
                 return one.expand(each * handed.samples, *output.shape[1:])
 
             return forward
 
         modules = [model.get_submodule(name) for name in names]
+        own = [module.__dict__.get("forward") for module in modules]
         try:
             for name, module in zip(names, modules, strict=True):
                 output = shapes[name]
@@ -236,5 +248,7 @@ class Prefix:
                 module.forward = given if name == names[-1] else filled(output)
             yield handed
         finally:
-            for module in modules:
+            for module, forward in zip(modules, own, strict=True):
                 module.__dict__.pop("forward", None)
+                if forward is not None:
+                    module.forward = forward

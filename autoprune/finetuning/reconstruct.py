@@ -11,10 +11,12 @@ Channel Pruning (He et al. 2017, https://arxiv.org/abs/1707.06168, eq. 1 and sec
 another; here all are fitted within one forward pass, and layers that lost nothing themselves are fitted too.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +31,7 @@ from autoprune.structure.trace import plain_attention
 
 __all__ = ["Refit", "reconstruct"]
 
+_SINGLE = 1e-6
 _SAMPLED = 1 << 14  # values by which a batch is known again
 
 
@@ -134,12 +137,12 @@ class Refit:
         self._each = each
         self._targets: dict[str, _Target] = {}
         self._twice: set[str] = set()
-        self._normed: dict[str, torch.Tensor] = {}
+        self._normed: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self._generator = torch.Generator().manual_seed(seed)
         watch = Watch(model, after=self._note)
 
         def note(name: str, values: torch.Tensor) -> bool:
-            self._normed[name] = _sample(values)
+            self._normed[name].append(_sample(values))
             return False
 
         with torch.no_grad(), evaluating(model), _attention_alike(model), _norms_told(model, note), watch:
@@ -179,9 +182,14 @@ class Refit:
             if target.places == (use.places if use.kernel else ()):
                 self._fit(use, target, parameters, kept, zeroed)
 
+        calls = Counter[str]()
+
         def anew(name: str, values: torch.Tensor) -> bool:
-            known = self._normed.get(name)
-            return len(self._inputs) > 1 and (known is None or not _alike(values, known))  # one has no variance
+            known = self._normed.get(name, [])  # one for each call
+            number = calls[name]
+            calls[name] += 1
+            same = number < len(known) and _alike(values, known[number])
+            return len(self._inputs) > 1 and not same  # one has no variance
 
         with evaluating(smaller), _attention_alike(smaller), _norms_told(smaller, anew), Watch(smaller, before=fit):
             smaller(self._inputs)
@@ -234,10 +242,10 @@ def _norms_told(model: nn.Module, anew: Callable[[str, torch.Tensor], bool]) -> 
     norms = {name: norm for name, norm in norms.items() if norm.track_running_stats}
     momenta = [norm.momentum for norm in norms.values()]
 
-    def hook(name: str, norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        norm.train(anew(name, inputs[0]))
+    def hook(name: str, norm: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        norm.train(anew(name, args[0] if args else kwargs["input"]))
 
-    handles = [norm.register_forward_pre_hook(partial(hook, name)) for name, norm in norms.items()]
+    handles = [norm.register_forward_pre_hook(partial(hook, name), with_kwargs=True) for name, norm in norms.items()]
     try:
         for norm in norms.values():
             norm.momentum = 1.0
@@ -250,8 +258,9 @@ def _norms_told(model: nn.Module, anew: Callable[[str, torch.Tensor], bool]) -> 
 
 
 def _sample(values: torch.Tensor) -> torch.Tensor:
-    """Return some of the values of some of a batch."""
-    some = values[:: -(-len(values) // 8)].flatten()
+    """Return some of the values of some of a batch; at random, since its rows may be tokens, whose order has a rule."""
+    rows = torch.randint(len(values), (8,), generator=torch.Generator().manual_seed(len(values)))
+    some = values[rows.to(values.device)].flatten()
     return some[:: -(-len(some) // _SAMPLED)].clone()
 
 
@@ -260,7 +269,8 @@ def _alike(values: torch.Tensor, sample: torch.Tensor) -> bool:
     found = _sample(values)
     if found.shape != sample.shape:
         return False
-    near = 64 * torch.finfo(sample.dtype).eps * float(sample.abs().max())
+    eps = torch.finfo(sample.dtype).eps
+    near = 64 * eps * float(sample.abs().max()) if eps < _SINGLE else 0.0  # of half precision that would be a lot
     return bool((found - sample).abs().max() <= near)
 
 

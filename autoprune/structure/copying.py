@@ -46,7 +46,7 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             kind = type(value)
             if kind in _ATOMS:
                 continue
-            if not value and key in _OWN:  # hooks that nobody set, for the most part
+            if key in _OWN and not value:  # hooks that nobody set, for the most part
                 values[key] = kind()
             elif key != _NOT_COPIED:
                 values[key] = _value(key, value, memo)

@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from autoprune.cost import Cost
 from autoprune.evaluation import Choice, Evaluator, Precision, Recovery, Workbench, chosen, measure, precision
 from autoprune.evaluation.precision import Trial, choose
 from autoprune.finetuning import Recipe
@@ -53,8 +55,12 @@ IMAGES = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 CLASSES = torch.arange(20) % 4
 
 
+def cost(macs: int, activations: int = 1000) -> Cost:
+    return Cost(macs=macs, params=1, bytes=4, activations=activations, nonzero_params=1, nonzero_macs=1)
+
+
 def choice(times: Callable[[], float], model: nn.Module | None = None) -> Choice:
-    return choose(convolutional() if model is None else model, IMAGES, CLASSES, top1, cross_entropy, times)
+    return choose(convolutional() if model is None else model, IMAGES, CLASSES, top1, cross_entropy, clock=times)
 
 
 class TestChoice:
@@ -123,9 +129,42 @@ class TestChoice:
         found = choice(timed(4.0, 4.0, 1.0, 9.0, 1.0), convolutional(Overflows()))
         assert (found.precision, found.training) == (HALF, LAST)
 
+    def test_a_network_that_can_t_be_trained_on_so_few_is_measured_all_the_same(self):
+        class Two(nn.Module):
+            def forward(self, x: Tensor) -> Any:
+                return (x, x) if self.training else x
+
+        model = nn.Sequential(convolutional(), Two())
+        found = choice(timed(4.0, 2.0, 1.0), model)
+        assert (found.precision, found.training) == (HALF, LAST)
+
+    def test_any_error_in_another_format_rules_it_out(self):
+        class Asserting(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                assert x.dtype == torch.float32
+                return x
+
+        assert choice(clock(*[4.0] * 4, *[1.0] * 3), convolutional(Asserting())).trials[-1].failure is not None
+
+    @pytest.mark.parametrize(
+        ("metric", "differs"),
+        [
+            (lambda outputs, targets: outputs.argmax(1) == targets, 0.0),
+            (lambda outputs, targets: torch.full((len(targets),), torch.nan), 0.0),
+            (lambda outputs, targets: outputs.mean(1).round(decimals=3), 0.0),
+            (lambda outputs, targets: (outputs.mean(1) * 1e4) % 1, 0.9),
+        ],
+        ids=["yes or no", "not a number", "continuous", "chaotic"],
+    )
+    def test_scores_of_other_kinds(self, metric: Callable[[Tensor, Tensor], Tensor], differs: float):
+        times = timed(4.0, 2.0, 1.0, 6.0, 3.0)
+        found = choose(convolutional(), IMAGES, CLASSES, metric, cross_entropy, clock=times)
+        assert found.trials[-1].differs == pytest.approx(differs, abs=0.1)
+        assert found.precision == (LAST if differs else HALF)
+
     def test_inputs_that_are_no_images_have_one_layout(self):
         model, inputs = seeded(lambda: nn.Linear(6, 4)), torch.ones(9, 6)
-        found = choose(model, inputs, torch.zeros(9).long(), top1, cross_entropy, clock(*[1.0] * 10))
+        found = choose(model, inputs, torch.zeros(9).long(), top1, cross_entropy, clock=clock(*[1.0] * 10))
         assert [trial.precision for trial in found.trials] == [PLAIN, Precision("bfloat16", False)]
 
     def test_written_and_read(self):
@@ -143,16 +182,29 @@ class TestChoice:
 class TestChosen:
     def test_small_networks_are_not_timed(self, task: Task, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(precision, "choose", None)
-        assert chosen(task, task.model, 10_000) == Choice(LAST, LAST)
+        assert chosen(task, task.model, cost(10_000)) == Choice(LAST, LAST)
+
+    def test_nor_with_hardly_any_samples_or_room(self, task: Task, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(precision, "choose", None)
+        assert chosen(task, task.model, cost(10**9, activations=1 << 28)) == Choice(LAST, LAST)
+        few = Task(task.model, train=(IMAGES[:10], CLASSES[:10]), val=(IMAGES[10:], CLASSES[10:]))
+        assert chosen(few, few.model, cost(10**9)) == Choice(LAST, LAST)
+
+    def test_batches_are_put_together(self, task: Task, monkeypatch: pytest.MonkeyPatch):
+        seen = []
+        monkeypatch.setattr(precision, "choose", lambda model, inputs, targets, *_, **__: seen.append(len(targets)))
+        monkeypatch.setattr(task, "val_batches", lambda size: ((IMAGES[:1], CLASSES[:1]) for _ in range(200)))
+        chosen(task, task.model, cost(10**9))
+        assert seen == [64]
 
     def test_by_name(self, task: Task):
-        assert chosen(task, task.model, 10**9, "bfloat16") == Choice(HALF, HALF)
-        assert chosen(task, task.model, 10**9, "float32") == Choice(LAST, LAST)
+        assert chosen(task, task.model, cost(10**9), "bfloat16") == Choice(HALF, HALF)
+        assert chosen(task, task.model, cost(10**9), "float32") == Choice(LAST, LAST)
 
     def test_large_networks_are_timed_on_validation_samples(self, task: Task):
         task.model.zero_grad()
         before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-        found = chosen(task, task.model, 10**9)
+        found = chosen(task, task.model, cost(10**9))
         assert [trial.precision for trial in found.trials] == [PLAIN, LAST, HALF]
         assert all(trial.seconds > 0 for trial in found.trials)
         assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())

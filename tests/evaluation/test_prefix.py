@@ -1,6 +1,7 @@
 """What probes share with the dense network: cut points of many shapes of code, and that nothing else is measured."""
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -89,12 +90,77 @@ class Attending(nn.Module):
         return self.fc(x.mean(1))
 
 
+class Remembering(Staged):
+    """The first block keeps a number of its own, which the head divides by."""
+
+    class Keeping(Staged.Block):
+        def forward(self, x: Tensor) -> Tensor:
+            self.power = float(x.square().mean())
+            return super().forward(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.Keeping()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / self.first.power
+
+
+class Listing(Staged):
+    """What came before the first block is kept in a list, for the end."""
+
+    class Keeping(Staged.Block):
+        def forward(self, x: Tensor) -> Tensor:
+            self.skips = [x]
+            return super().forward(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.Keeping()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(F.relu(self.stem(x)))) + self.first.skips[0]
+        return self.fc(x.mean((2, 3)))
+
+
+class Masking(nn.Module):
+    """Where an embedding is zero is looked up between modules: `(n, 8)` tokens, of which 0 is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(9, 6, padding_idx=0), nn.Linear(6, 6)
+        self.up, self.down, self.fc = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        empty = (x == 0).all(-1, keepdim=True)
+        x = self.mix(x)
+        x = x + self.down(F.relu(self.up(x)))
+        return self.fc(x.masked_fill(empty, 0.0).mean(1))
+
+
+class NormTwice(nn.Module):
+    """A batch-norm that runs twice before what is cut, once by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.conv = nn.Conv2d(1, 6, **CONV), nn.BatchNorm2d(6), nn.Conv2d(6, 6, **CONV)
+        self.up, self.down, self.fc = nn.Conv2d(6, 8, **CONV), nn.Conv2d(8, 6, **CONV), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(F.relu(self.norm(input=self.stem(x)))))
+        return self.fc(self.down(F.relu(self.up(x))).mean((2, 3)))
+
+
 def task_of(make: Callable[[], nn.Module]) -> Task:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = make()
     generator = torch.Generator().manual_seed(1)
     images, targets = torch.randn(130, 1, 8, 8, generator=generator), torch.arange(130) % 4
+    if make is Masking:
+        images = torch.randint(0, 9, (130, 8), generator=generator)
+        images[:80].clamp_(min=1)  # no gaps in what layers are fitted on
     return Task(model, train=(images[:80], targets[:80]), val=(images[80:], targets[80:]))
 
 
@@ -105,7 +171,10 @@ def bench_of(make: Callable[[], nn.Module], **options: Any) -> Workbench:
     return Workbench(task, structure, orders, 80, 0, **options)
 
 
-ALL = [Staged, Skipping, InPlace, Functional, Attending, TinyResNet]
+ALL = [
+    *(Staged, Skipping, InPlace, Functional, Attending, TinyResNet),
+    *(Remembering, Listing, Masking, NormTwice),
+]
 
 
 class TestProbe:
@@ -165,6 +234,20 @@ class TestProbe:
         probed = bench.probe({"second.up": 2})
         assert bench.executed == [1.0]
         assert torch.equal(probed.losses, bench.measure(bench.recovered({"second.up": 2})).losses)
+
+    def test_a_forward_of_an_instance_is_put_back(self) -> None:
+        bench = bench_of(Staged)
+        own = MethodType(lambda self, x: nn.Conv2d.forward(self, x) * 2, bench.model.stem)
+        bench.model.stem.forward = own
+        bench.probe({"second.up": 2})
+        assert vars(bench.model.stem)["forward"] is own
+
+    def test_what_is_kept_can_be_forgotten(self) -> None:
+        bench = bench_of(Staged)
+        bench.probe({"second.up": 2})
+        assert bench._kept is not None
+        bench.forget()
+        assert bench._kept is None
 
     def test_validation_data_that_is_not_kept_runs_through_the_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(evaluator, "_IN_MEMORY", 0)

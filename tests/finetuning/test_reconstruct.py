@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from autoprune.finetuning import Refit, reconstruct
 from autoprune.moments import Moments, Watch, readers_of, solve
@@ -463,6 +464,35 @@ class TestRefit:
         known = Known(make, shape)
         same, dense = fitted(known, {}), known.net.state_dict()
         assert all(torch.equal(value, dense[name]) for name, value in same.state_dict().items())
+
+    def test_tokens_that_are_alike_everywhere_do_not_hide_the_others(self):
+        class Marked(nn.Module):
+            """A token that is always the same stands before the others: `(n, 1, 4, 4)` to `(n, 3)`."""
+
+            def __init__(self):
+                super().__init__()
+                self.stem, self.token = nn.Conv2d(1, 8, 1), nn.Parameter(torch.randn(1, 1, 6))
+                self.patches, self.up, self.down, self.fc = (nn.Linear(*s) for s in ((8, 6), (6, 8), (8, 6), (6, 3)))
+
+            def forward(self, x):
+                x = self.patches(F.relu(self.stem(x)).flatten(2).transpose(1, 2))
+                x = torch.cat([self.token.expand(len(x), -1, -1), x[:, 1:]], 1)
+                return self.fc(self.down(F.relu(self.up(x))).mean(1))
+
+        known = Known(Marked, (1, 4, 4), samples=80)
+        smaller, dense = fitted(known, {"stem": [0, 3, 5]}), known.net.state_dict()
+        changed = {name.split(".")[0] for name, value in smaller.state_dict().items() if not value.equal(dense[name])}
+        assert {"up", "down", "fc"} <= changed
+
+    def test_rounding_of_half_precision_hides_no_change(self):
+        known = Known(Blocks, IMAGES)
+        net, inputs = copy.deepcopy(known.net).bfloat16(), known.inputs.bfloat16()
+        structure = analyse(net, inputs[:1])
+        change = plan(net, structure, {"first.up": [0, 3]})
+        smaller, dense = cut(net, change), net.state_dict()
+        Refit(net, inputs)(smaller, change)
+        changed = {name for name, value in smaller.state_dict().items() if not value.equal(dense[name])}
+        assert {"first.down.weight", "second.up.weight", "second.norm.running_var"} <= changed
 
     def test_what_lies_before_all_that_was_cut_stays(self):
         known = Known(Blocks, IMAGES)

@@ -128,6 +128,14 @@ class TestAsDeepcopy:
         new = copied(nn.Sequential(OwnCopy(), nn.Linear(2, 2)), {})
         assert new[0].copies == 1
 
+    def test_tensors_that_are_plain_attributes(self):
+        net = nn.ReLU()
+        net.levels, net.empty = torch.arange(3.0), torch.zeros(0)
+        new = copied(net, {})
+        assert torch.equal(new.levels, net.levels)
+        assert new.levels is not net.levels
+        assert new.empty.shape == (0,)
+
     def test_references_within_lead_to_the_copy(self):
         new = copied(strange_attributes(), {})
         assert new.note["layer"] is new.conv1
