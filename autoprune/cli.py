@@ -21,6 +21,7 @@ from autoprune import bounds, data, export, models, registry
 from autoprune.cost import count
 from autoprune.errors import AutopruneError, ConfigError, RunError, WeightsError
 from autoprune.evaluation import chosen, measure
+from autoprune.finaliser import FULL_LR
 from autoprune.finetuning import Recipe, train
 from autoprune.preparation import Prepared, prepare
 from autoprune.progress import Progress, Silent
@@ -446,6 +447,7 @@ def pick(
 def finalize(
     run: Run,
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 10,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = FULL_LR,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -453,7 +455,7 @@ def finalize(
     with watching(quiet) as progress:
         result = _reopened(run)
         progress.begin(f"fine-tuning for {epochs} epochs", 0)
-        network = result.finalize(epochs, progress=lambda done, loss: progress.step(done, f"loss {loss:.3f}"))
+        network = result.finalize(epochs, lr=lr, progress=lambda done, loss: progress.step(done, f"loss {loss:.3f}"))
         progress.end()
     final = RunFolder(run).read(RunFolder(run).final)
     table = Table("", "validation", "test", box=None, pad_edge=False)

@@ -1,8 +1,9 @@
 """What happens to the picked candidate: full fine-tuning, the test set read once, and saving."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -14,7 +15,11 @@ from autoprune.seeds import derive
 from autoprune.structure import Cut, cut
 from autoprune.task import FINALISER
 
-__all__ = ["PrunedNetwork"]
+__all__ = ["FULL_LR", "PrunedNetwork"]
+
+FULL_LR: Final = 0.05
+"""Peak learning rate of full fine-tuning, which has steps enough to come back from more than a short one bears (see
+`benchmarks/closed_form.md`)."""
 
 
 class PrunedNetwork:
@@ -58,16 +63,18 @@ class PrunedNetwork:
 
         Args:
             epochs: Passes over the training split.
-            recipe: Settings; by default those of the search's short fine-tuning.
+            recipe: Settings; by default those of the search's short fine-tuning, at a peak learning rate of `FULL_LR`.
             progress: Called after every step with the steps done and the step's loss.
 
         Raises:
-            ConfigError: `epochs` is below 1.
+            ConfigError: `epochs` is below 1, or the learning rate is not above 0.
             DivergedError: The loss is not finite.
         """
         if epochs < 1:
             raise ConfigError(f"`epochs >= 1` must hold, but got epochs={epochs}")
-        settings = recipe or self._evaluator.recovery.recipe
+        settings = recipe or replace(self._evaluator.recovery.recipe, lr=FULL_LR)
+        if not settings.lr > 0:
+            raise ConfigError(f"`lr > 0` must hold, but got lr={settings.lr}")
         steps = epochs * self._evaluator.bench.task.steps_per_epoch(settings.batch_size)
         model = cut(self.model, Cut())
         seed = derive(self._evaluator.seed, "full fine-tuning", self.candidate.id)

@@ -9,7 +9,7 @@ from typing import Any
 from autoprune.cost import Budget, Cost, Limit
 from autoprune.errors import ConfigError, RunError, TaskError, TestSetError
 from autoprune.evaluation import AGREEMENT, Candidate, Evaluator, Measurement
-from autoprune.finaliser import PrunedNetwork
+from autoprune.finaliser import FULL_LR, PrunedNetwork
 from autoprune.pareto import front, hypervolume, pick
 from autoprune.preparation import Prepared, evaluator_of, prepare
 from autoprune.run import RunFolder, write_json
@@ -126,6 +126,7 @@ class SearchResult:
         self,
         epochs: int = 10,
         *,
+        lr: float = FULL_LR,
         tracker: Tracker | None = None,
         progress: Callable[[int, float], None] | None = None,
     ) -> PrunedNetwork:
@@ -133,6 +134,7 @@ class SearchResult:
 
         Args:
             epochs: Passes over the training split.
+            lr: Peak learning rate.
             tracker: Where the outcome is logged; by default the run's own record in MLflow, if it has one.
             progress: Called after every step with the steps done and the step's loss.
 
@@ -152,8 +154,10 @@ class SearchResult:
         chosen = self._evaluator.ledger.get(picked["id"])
         if chosen is None:
             raise RunError(f"the picked candidate {picked['id']} is not in the ledger of {self.run}")
-        network = rebuild(self._evaluator, chosen, picked["rule"]).finetune(epochs, progress=progress)
-        final: dict[str, Any] = {"epochs": epochs, "val": record_of(network.measured)}
+        recipe = dataclasses.replace(self._evaluator.recovery.recipe, lr=lr)
+        rebuilt = rebuild(self._evaluator, chosen, picked["rule"])
+        network = rebuilt.finetune(epochs, recipe=recipe, progress=progress)
+        final: dict[str, Any] = {"epochs": epochs, "lr": lr, "val": record_of(network.measured)}
         if task.n_test:
             test, dense_test = network.test()
             final |= {"test": record_of(test), "dense_test": record_of(dense_test)}

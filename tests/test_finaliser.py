@@ -12,7 +12,7 @@ from autoprune import export
 from autoprune.cost import CostModel, count
 from autoprune.errors import ConfigError, DivergedError, TestSetError
 from autoprune.evaluation import Evaluator, Ledger, Recovery, Workbench, measure
-from autoprune.finaliser import PrunedNetwork
+from autoprune.finaliser import FULL_LR, PrunedNetwork
 from autoprune.finetuning import Recipe, recalibrate, train
 from autoprune.policy import Policy
 from autoprune.scoring import Evidence, removal_orders
@@ -67,6 +67,18 @@ def test_it_is_what_was_measured(evaluator: Evaluator, network: PrunedNetwork) -
     val = evaluator.bench.task.val_batches(17)
     assert measure(network.model, val, top1, cross_entropy).summary("short").accuracy == network.accuracy
     assert count(network.model, evaluator.bench.task.example_input).cost == network.candidate.cost
+
+
+def test_full_fine_tuning_has_a_rate_of_its_own(
+    evaluator: Evaluator, network: PrunedNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(evaluator, "train", lambda model, steps, recipe, *_: recipes.append(recipe))
+    network.finetune(epochs=1)
+    network.finetune(epochs=1, recipe=Recipe(lr=0.5))
+    assert recipes == [Recipe(lr=FULL_LR, batch_size=50), Recipe(lr=0.5)]
+    with pytest.raises(ConfigError, match=r"`lr > 0` must hold, but got lr=0"):
+        network.finetune(epochs=1, recipe=Recipe(lr=0.0))
 
 
 def test_full_fine_tuning_works_on_a_copy_and_is_measured(evaluator: Evaluator, network: PrunedNetwork) -> None:

@@ -936,7 +936,7 @@ def test_what_is_no_agent_is_refused_at_once(tmp_path: Path, agent: object) -> N
 def test_finalizing_without_a_test_set_leaves_it_out(tmp_path: Path, light: None) -> None:
     task = make_task(test=None)
     run(tmp_path / "run", task, candidates=1, control=0, sensitivity=()).finalize(epochs=1)
-    assert list(read(tmp_path / "run" / "final.json")) == ["epochs", "val"]
+    assert list(read(tmp_path / "run" / "final.json")) == ["epochs", "lr", "val"]
 
 
 # ------------------------------------------------------------------------------------------------- reusing an analysis
