@@ -145,7 +145,7 @@ class Refit:
             self._normed[name].append(_sample(values))
             return False
 
-        with torch.no_grad(), evaluating(model), _attention_alike(model), _norms_told(model, note), watch:
+        with torch.no_grad(), evaluating(model), _attention_alike(model), _norms_told(model, watch, note), watch:
             model(inputs)
         for name in self._twice:
             del self._targets[name]
@@ -191,7 +191,8 @@ class Refit:
             same = number < len(known) and _alike(values, known[number])
             return len(self._inputs) > 1 and not same  # one has no variance
 
-        with evaluating(smaller), _attention_alike(smaller), _norms_told(smaller, anew), Watch(smaller, before=fit):
+        watch = Watch(smaller, before=fit)
+        with evaluating(smaller), _attention_alike(smaller), _norms_told(smaller, watch, anew), watch:
             smaller(self._inputs)
 
     def _fit(
@@ -236,14 +237,15 @@ def _beside_zeros(weight: torch.Tensor, there: torch.Tensor, stays: torch.Tensor
 
 
 @contextmanager
-def _norms_told(model: nn.Module, anew: Callable[[str, torch.Tensor], bool]) -> Iterator[None]:
+def _norms_told(model: nn.Module, watch: Watch, anew: Callable[[str, torch.Tensor], bool]) -> Iterator[None]:
     """Let every batch-norm take its statistics from what it reads where `anew(name, inputs)` says so."""
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     norms = {name: norm for name, norm in norms.items() if norm.track_running_stats}
     momenta = [norm.momentum for norm in norms.values()]
 
     def hook(name: str, norm: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        norm.train(anew(name, args[0] if args else kwargs["input"]))
+        with watch.aside():
+            norm.train(anew(name, args[0] if args else kwargs["input"]))
 
     handles = [norm.register_forward_pre_hook(partial(hook, name), with_kwargs=True) for name, norm in norms.items()]
     try:

@@ -5,7 +5,8 @@ Seen at the dispatcher, so that it does not matter whether a module, a functiona
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +148,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
         self._outputs: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._seen: dict[str, _Output] = {}
         self._sources: defaultdict[str, set[str | None]] = defaultdict(set)
+        self._aside = False
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave out of account what runs inside a `with`: it is not the network's."""
+        before, self._aside = self._aside, True
+        try:
+            yield
+        finally:
+            self._aside = before
 
     @property
     def norms(self) -> Mapping[str, str]:
@@ -159,6 +170,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator."""
+        if self._aside:
+            return func(*args, **(kwargs or {}))
         self._note_readers(func, args)
         use = None if kwargs else self._use(func, args)  # a product that is scaled says so there
         if use is None:

@@ -501,6 +501,12 @@ class TestRefit:
         assert {name.split(".")[0] for name in changed} == {"second", "fc"}
         assert {"second.norm.running_var", "second.down.weight"} <= changed
 
+    @pytest.mark.parametrize("make", [normed, normed_with_bias])
+    def test_norms_are_still_seen_while_their_inputs_are_looked_at(self, make):
+        """Before batch-norm, which takes the mean away, layers are fitted without it."""
+        known = Known(make, IMAGES)
+        assert Refit(known.net, known.inputs)._norms == {"0.weight": "1", "3.weight": "4"}
+
     def test_modes_momenta_and_gradients_are_restored(self):
         known = Known(TinyResNet, (1, 8, 8))
         smaller, change = known.smaller({"stem": [1]})
