@@ -131,6 +131,16 @@ def test_sensitivity_shards_merge_and_serve_a_search(
     assert "its elements are the network's output" in capsys.readouterr().out
 
 
+def test_sensitivity_goes_on_in_the_precision_of_its_file(folder: Path, weights: Path) -> None:
+    common = ["sensitivity", "--weights", str(weights), "--calibration-images", "200", "--out", str(folder / "s.json")]
+    assert run(*common, "--sparsities", "0.5", "--precision", "bfloat16") == 0
+    assert run(*common, "--sparsities", "0.5,0.75") == 0
+    report = json.loads((folder / "s.json").read_text())
+    assert report["settings"]["precision"] == "bfloat16"
+    assert {len(g["cells"]) for g in report["groups"] if g["prunable"]} == {2}
+    assert run(*common, "--sparsities", "0.5", "--precision", "float32") == 2
+
+
 def test_sensitivity_can_be_predicted_without_measuring(
     folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

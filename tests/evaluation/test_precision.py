@@ -1,7 +1,9 @@
 """In which precision candidates run: the choice by a clock of our own, networks that rounding changes, what follows."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.cost import Cost
-from autoprune.evaluation import Choice, Evaluator, Precision, Recovery, Workbench, chosen, measure, precision
+from autoprune.errors import RunError
+from autoprune.evaluation import (
+    Candidate,
+    Choice,
+    Evaluator,
+    Precision,
+    Recovery,
+    Workbench,
+    chosen,
+    measure,
+    precision,
+)
 from autoprune.evaluation.precision import Trial, choose
 from autoprune.finetuning import Recipe
 from autoprune.policy import Policy
@@ -244,6 +257,25 @@ class TestRunning:
         exact = measure(picked.model, bench.placed(task.val_batches()), top1, cross_entropy).summary("reconstructed")
         assert picked.measured == exact
         assert candidate.measurements[0].loss != exact.loss
+
+    def test_rounding_does_not_make_the_picked_network_another(
+        self, task: Task, make_evaluator: Callable[..., Evaluator]
+    ):
+        made = make_evaluator(task)
+        bench = Workbench(task, made.bench.structure, made.bench.orders, 200, 0, precision="bfloat16")
+        evaluator = Evaluator(bench, made.costs, Recovery(200, 0), made.ledger, 0)
+        policy = bench.structure.policy({group.name: group.size // 2 for group in bench.structure})
+        candidate = evaluator.evaluate(policy, arm="search", agent="tpe")
+
+        def measured(shift: float, error: float) -> Candidate:
+            (one,) = candidate.measurements
+            found = replace(one, accuracy=one.accuracy - shift, accuracy_se=error)
+            return replace(candidate, measurements=(found,))
+
+        for error in (0.0, math.nan):
+            assert rebuild(evaluator, measured(0.01, error), "").accuracy > 0
+            with pytest.raises(RunError, match="its network, rebuilt from its seed"):
+                rebuild(evaluator, measured(0.1, error), "")
 
 
 def test_batches_are_placed_in_the_layout() -> None:
