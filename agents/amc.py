@@ -21,7 +21,7 @@ Where it differs, because a search has tens of episodes where the paper has 800,
 """
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, final
 
@@ -33,11 +33,17 @@ from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from autoprune.agents.base import Objectives
+from autoprune.agents.base import Objectives, in_turn
 from autoprune.environment import PruningEnv
 from autoprune.errors import ConfigError
+from autoprune.evaluation import Result
+from autoprune.policy import Policy
 
 __all__ = ["AMCAgent", "truncated_normal"]
+
+Array = npt.NDArray[np.float32]
+Walked = list[tuple[Array, Array, Array]]
+"""An episode: what was observed, the action, and what was observed then, of every decision."""
 
 _HIDDEN = [300, 300]
 _EPISODES_KEPT = 100
@@ -104,34 +110,34 @@ class AMCAgent:
             plans.append(env.space.decode(rng.random(len(env.space.dimensions)).tolist()))
         known: set[str] = set()
 
-        for plan in plans:
-            observation, _ = env.reset()
-            terminated = False
-            while not terminated:
-                action = env.action_for(plan)
-                after, reward, terminated, _, info = env.step(action)
-                learner.remember(observation, action, reward, terminated, after)
-                observation = after
-            known.add(info["candidate"].id)
+        def follow(plan: Policy) -> tuple[Walked, Result]:
+            return _walk(env, lambda _: env.action_for(plan))
+
+        for walked, candidate in in_turn(env, map(follow, plans)):
+            learner.remember(walked, env.value(candidate))
+            known.add(candidate.id)
         with generators.lent():
             learner.train(self.updates * len(plans) * len(env.feasible.structure), _BATCH)
 
         shrink = _LAST_SIGMA ** (1 / max(1, env.evaluations - len(plans)))
         sigma, repeated = 2 * self.sigma, 1.0  # the actions' range is 2
-        while True:
-            observation, _ = env.reset()
-            terminated = False
-            while not terminated:
-                preferred, _ = learner.predict(observation, deterministic=True)
-                low, high = env.interval
-                half_an_element = 1 / max(1, high - low)
-                action = truncated_normal(float(preferred[0]), max(sigma, half_an_element) * repeated, rng)
-                after, reward, terminated, _, info = env.step(action)
-                learner.remember(observation, action, reward, terminated, after)
-                observation = after
-            sigma *= shrink
-            repeated = repeated * 2 if info["candidate"].id in known else 1.0
-            known.add(info["candidate"].id)
+
+        def explore(observation: Array) -> Array:
+            preferred, _ = learner.predict(observation, deterministic=True)
+            low, high = env.interval
+            half_an_element = 1 / max(1, high - low)
+            return truncated_normal(float(preferred[0]), max(sigma, half_an_element) * repeated, rng)
+
+        def explored() -> Iterator[tuple[Walked, Result]]:
+            nonlocal sigma
+            while True:
+                yield _walk(env, explore)
+                sigma *= shrink
+
+        for walked, candidate in in_turn(env, explored()):
+            learner.remember(walked, env.value(candidate))
+            repeated = repeated * 2 if candidate.id in known else 1.0
+            known.add(candidate.id)
             with generators.lent():
                 learner.train(self.updates * len(env.feasible.structure), _BATCH)
 
@@ -154,7 +160,20 @@ class AMCAgent:
         return learner
 
 
-def truncated_normal(mean: float, sigma: float, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+def _walk(env: PruningEnv, act: Callable[[Array], Array]) -> tuple[Walked, Result]:
+    """Decide all groups, and return what was seen and done, and what waits for the candidate."""
+    walked: Walked = []
+    observation, _ = env.reset()
+    result: Result | None = None
+    while result is None:
+        action = act(observation)
+        after, result, _ = env.decide(action)
+        walked.append((observation, action, after))
+        observation = after
+    return walked, result
+
+
+def truncated_normal(mean: float, sigma: float, rng: np.random.Generator) -> Array:
     """Draw an action, `(1,)`, from a normal distribution cut off at -1 and 1.
 
     Args:
@@ -173,19 +192,14 @@ class _Learner(DDPG):
 
     rates: tuple[float, float]
 
-    def remember(
-        self,
-        observation: npt.NDArray[np.float32],
-        action: npt.NDArray[np.float32],
-        reward: float,
-        terminated: bool,
-        after: npt.NDArray[np.float32],
-    ) -> None:
-        """Put a transition into the replay memory; `action` is the one that was executed."""
+    def remember(self, walked: Walked, reward: float) -> None:
+        """Put an episode into the replay memory, its reward at its end; the actions are those that were executed."""
         memory = self.replay_buffer
         if memory is None:
             raise RuntimeError("the learner was set up without a replay memory")
-        memory.add(observation, after, action, np.array([reward]), np.array([terminated]), [{}])
+        for number, (observation, action, after) in enumerate(walked, 1):
+            last = number == len(walked)
+            memory.add(observation, after, action, np.array([reward if last else 0.0]), np.array([last]), [{}])
 
     def _update_learning_rate(self, optimizers: list[torch.optim.Optimizer] | torch.optim.Optimizer) -> None:
         for optimizer, rate in zip((self.actor.optimizer, self.critic.optimizer), self.rates, strict=True):

@@ -1,13 +1,15 @@
 """Policies from predicted losses alone; what is measured of them then tunes the groups' weights in the sum."""
 
+from collections.abc import Iterator
 from typing import ClassVar, final
 
 import numpy as np
 
-from autoprune.agents.base import Objectives
+from autoprune.agents.base import Objectives, in_turn
 from autoprune.analytic import POWER, Analytic
 from autoprune.environment import PruningEnv
 from autoprune.errors import ConfigError
+from autoprune.evaluation import Result
 from autoprune.policy import Policy
 from autoprune.separable import allocate
 
@@ -52,26 +54,36 @@ class AnalyticAgent:
         rng = np.random.default_rng(seed)
         best, power, highest = np.zeros(len(env.feasible.structure)), POWER, -np.inf
         seen: set[Policy] = set()
-        for other in _POWERS:
-            policy = predicted.allocate(env.feasible, other)
-            value = env.value(env.evaluate(policy))
-            seen.add(policy)
+        for other, candidate in in_turn(env, self._solved(env, predicted, seen)):
+            value = env.value(candidate)
             if value > highest:
                 power, highest = other, value
-        wider = 1.0
-        while wider < _WIDEST:
-            shrunk = self.step * wider * 0.1 ** min(1.0, len(seen) / max(1, env.evaluations))
-            some = rng.random(len(best)) < max(0.3, 3 / len(best))
-            weights = np.clip(best + rng.normal(0, shrunk, len(best)) * some, -_HEAVIEST, _HEAVIEST)
-            policy = _weighted(env, predicted, power, weights)
-            if policy in seen:
-                wider *= 1.1
-                continue
+
+        def changed() -> Iterator[tuple[np.ndarray, Result]]:
             wider = 1.0
-            seen.add(policy)
-            value = env.value(env.evaluate(policy))
+            while wider < _WIDEST:
+                shrunk = self.step * wider * 0.1 ** min(1.0, len(seen) / max(1, env.evaluations))
+                some = rng.random(len(best)) < max(0.3, 3 / len(best))
+                weights = np.clip(best + rng.normal(0, shrunk, len(best)) * some, -_HEAVIEST, _HEAVIEST)
+                policy = _weighted(env, predicted, power, weights)
+                if policy in seen:
+                    wider *= 1.1
+                    continue
+                wider = 1.0
+                seen.add(policy)
+                yield weights, env.submit(policy)
+
+        for weights, candidate in in_turn(env, changed()):
+            value = env.value(candidate)
             if value > highest:
                 best, highest = weights, value
+
+    @staticmethod
+    def _solved(env: PruningEnv, predicted: Analytic, seen: set[Policy]) -> Iterator[tuple[float, Result]]:
+        for power in _POWERS:
+            policy = predicted.allocate(env.feasible, power)
+            seen.add(policy)
+            yield power, env.submit(policy)
 
 
 def _weighted(env: PruningEnv, predicted: Analytic, power: float, weights: np.ndarray) -> Policy:

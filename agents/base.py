@@ -23,16 +23,22 @@ A whole agent that tries policies near the best one so far, under the name "hill
                 if value > highest:
                     best, highest = point, value
 
-An agent that decides group by group uses `env.reset` and `env.step` instead. `autoprune.testing.AgentContract` checks
-an agent; another package offers one through the entry-point group `autoprune.agents`.
+An agent that decides group by group uses `env.reset` and `env.step` instead. Both wait for each candidate; to keep
+several workers busy, an agent proposes with `env.submit` or `env.decide` and takes the results `in_turn`.
+`autoprune.testing.AgentContract` checks an agent; another package offers one through the entry-point group
+`autoprune.agents`.
 '''
 
-from typing import ClassVar, Literal, Protocol
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 from autoprune.environment import PruningEnv
+from autoprune.evaluation import Candidate, Result
 
-__all__ = ["Agent", "Objectives"]
+__all__ = ["Agent", "Objectives", "in_turn"]
 
+T = TypeVar("T")
 Objectives = Literal["one", "several"]
 """Whether an agent makes the best of the whole budget, or trades accuracy for cost below it as well."""
 
@@ -48,7 +54,7 @@ class Agent(Protocol):
     objectives: ClassVar[Objectives]
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
-        """Propose policies to `env.evaluate`, or step through `env`, until either raises `SearchOver`.
+        """Propose policies to `env.evaluate` or `env.submit`, or step through `env`, until one raises `SearchOver`.
 
         Called once for a search. `SearchOver` must pass through; an agent may return earlier when it has nothing left
         to propose. A policy that was evaluated before costs nothing and gives the same candidate. The same seed and the
@@ -59,3 +65,23 @@ class Agent(Protocol):
             seed: The only source of randomness; global generators stay as they are.
         """
         ...
+
+
+def in_turn(env: PruningEnv, begun: Iterable[tuple[T, Result]]) -> Iterator[tuple[T, Candidate]]:
+    """Yield candidates in the order in which they were begun, with `env.at_once` of them under way.
+
+    So what an agent knows when it proposes does not depend on which evaluation was the fastest: a search with several
+    workers can be repeated.
+
+    Args:
+        env: Says how many are under way.
+        begun: Begins an evaluation whenever it is asked for the next, `(what to remember, what waits for it)`.
+    """
+    under_way = deque[tuple[T, Result]]()
+    for one in begun:
+        under_way.append(one)
+        if len(under_way) >= env.at_once:
+            remembered, result = under_way.popleft()
+            yield remembered, result()
+    for remembered, result in under_way:
+        yield remembered, result()

@@ -13,10 +13,10 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.trial import TrialState
 
-from autoprune.agents.base import Objectives
+from autoprune.agents.base import Objectives, in_turn
 from autoprune.environment import PruningEnv
 from autoprune.errors import ConfigError
-from autoprune.evaluation.candidate import Candidate
+from autoprune.evaluation import Candidate, Result
 
 __all__ = ["NSGA2Agent", "TPEAgent"]
 
@@ -45,7 +45,8 @@ class TPEAgent:
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
         startup = self.startup if self.startup is not None else max(1, min(10, env.evaluations // 4))
-        sampler = TPESampler(seed=seed, multivariate=True, n_startup_trials=startup)
+        lie = env.at_once > 1  # trials under way count as bad, so that no two try the same
+        sampler = TPESampler(seed=seed, multivariate=True, n_startup_trials=startup, constant_liar=lie)
         _optimise(env, sampler, ["maximize"], lambda candidate: [env.value(candidate)])
 
 
@@ -88,9 +89,13 @@ def _optimise(
         study = optuna.create_study(sampler=sampler, directions=directions)
         for policy in env.warm_starts:
             study.enqueue_trial(dict(zip(dimensions, env.space.encode(policy), strict=True)))
-        while True:
-            trial = study.ask(dimensions)
-            candidate = env.evaluate(env.space.decode([trial.params[name] for name in dimensions]))
+
+        def asked() -> Iterator[tuple[optuna.Trial, Result]]:
+            while True:
+                trial = study.ask(dimensions)
+                yield trial, env.submit(env.space.decode([trial.params[name] for name in dimensions]))
+
+        for trial, candidate in in_turn(env, asked()):
             if candidate.failure is None:
                 study.tell(trial, list(values(candidate)))
             else:

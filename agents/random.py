@@ -20,4 +20,4 @@ class RandomAgent:
         """Search until the evaluations are spent."""
         rng = np.random.default_rng(seed)
         while True:
-            env.evaluate(env.space.decode(rng.random(len(env.space.dimensions)).tolist()))
+            env.submit(env.space.decode(rng.random(len(env.space.dimensions)).tolist()))

@@ -24,4 +24,4 @@ class UniformAgent:
         """Evaluate as many shares as there are evaluations, and return."""
         space = Uniform(env.feasible, spend=(0.0, 1.0))
         for share in np.linspace(1.0, 0.0, env.evaluations):
-            env.evaluate(space.decode([float(share)]))
+            env.submit(space.decode([float(share)]))

@@ -20,7 +20,7 @@ import autoprune
 from autoprune import bounds, data, export, models, registry
 from autoprune.cost import count
 from autoprune.errors import AutopruneError, ConfigError, RunError, WeightsError
-from autoprune.evaluation import chosen, measure
+from autoprune.evaluation import Executor, chosen, measure
 from autoprune.finaliser import FULL_LR
 from autoprune.finetuning import Recipe, train
 from autoprune.preparation import Prepared, prepare
@@ -297,6 +297,16 @@ def search(
         Path | None, typer.Option(help="A sensitivity report to start from; its cells are not measured again.")
     ] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which nothing new is evaluated.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that evaluate candidates; more than one needs autoprune[ray].")
+    ] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A running Ray cluster to find the workers on: auto, or HOST:PORT. By default this machine."),
+    ] = None,
+    worker_gpus: Annotated[
+        float | None, typer.Option(help="GPUs of a worker, such as 0.25; by default 1 if the network is on one.")
+    ] = None,
     seed: Seed = 0,
     dry_run: Annotated[
         bool,
@@ -339,7 +349,9 @@ def search(
         if dry_run:
             _print_widths(prepare(work, options))
             return
-        result = autoprune.search(work, out=out, agent=agent, progress=progress, source=source, reuse=reuse, **settings)
+        executor = _executor(workers, ray_address, worker_gpus)
+        places: dict[str, Any] = {"out": out, "progress": progress, "source": source, "executor": executor}
+        result = autoprune.search(work, agent=agent, reuse=reuse, **places, **settings)
     _print_result(result)
     if as_json:
         _print_json(result.to_dict())
@@ -571,6 +583,17 @@ def train_command(
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
+
+
+def _executor(workers: int, address: str | None, gpus: float | None) -> Executor | None:
+    """Return what evaluates candidates; None for this process."""
+    if workers == 1 and address is None:
+        return None
+    try:
+        from autoprune.evaluation.ray import RayExecutor
+    except ModuleNotFoundError as error:
+        raise ConfigError('workers need Ray; install with: pip install "autoprune[ray]"') from error
+    return RayExecutor(workers, address=address, gpus=gpus)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -1,7 +1,8 @@
 """The environment that agents act in: it turns actions into policies, and nothing more.
 
 Agents that propose whole policies use `evaluate`, `value` and `objectives`; agents that decide group by group use
-Gymnasium's `reset` and `step`. Both end in the same evaluator, which counts, caches and records.
+Gymnasium's `reset` and `step`. Both end in the same evaluator, which counts, caches and records. `submit` and `decide`
+do the same without waiting, for several policies under way together.
 """
 
 import copy
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from autoprune.analytic import Analytic
 from autoprune.cost import FeasibleSet
 from autoprune.errors import ConfigError
-from autoprune.evaluation.candidate import Candidate
+from autoprune.evaluation import Candidate, Result
 from autoprune.inputs import call, first_sample
 from autoprune.policy import Policy
 from autoprune.structure import Structure
@@ -200,9 +201,11 @@ class PruningEnv(gymnasium.Env[Array, Array]):
     Args:
         feasible: The policies to choose from.
         space: What points of a search space stand for, for agents that use one.
-        evaluate: Measures a policy; raises `SearchOver` when evaluations or time are spent.
+        submit: Begins to measure a policy, and returns what waits for the candidate; raises `SearchOver` when
+            evaluations or time are spent.
         value: What to raise, of a candidate that did not fail.
         evaluations: How many policies may be evaluated.
+        at_once: How many may be under way together.
         warm_starts: Policies that are worth to be evaluated first.
         layers: Facts of the groups' layers; missing ones are zero in the observation.
         slopes: Accuracy lost by sparsity, of each group; missing or negative ones are zero in the observation.
@@ -219,10 +222,11 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self,
         feasible: FeasibleSet,
         space: Space,
-        evaluate: Callable[[Policy], Candidate],
+        submit: Callable[[Policy], Result],
         *,
         value: Callable[[Candidate], float],
         evaluations: int,
+        at_once: int = 1,
         warm_starts: Sequence[Policy] = (),
         layers: Mapping[str, LayerFacts] = MappingProxyType({}),
         slopes: Mapping[str, float] = MappingProxyType({}),
@@ -234,12 +238,13 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self.feasible = feasible
         self.space = space
         self.evaluations = evaluations
+        self.at_once = at_once
         self.warm_starts = tuple(warm_starts)
         self.predicted = predicted
         self.worst = worst
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = spaces.Box(0.0, 1.0, (len(Observation._fields),), np.float32)
-        self._evaluate = evaluate
+        self._submit = submit
         self._value = value
         self._groups = feasible.structure.groups
         self._dense = feasible.utilisation(np.zeros_like(feasible.lower))
@@ -249,13 +254,23 @@ class PruningEnv(gymnasium.Env[Array, Array]):
 
     # -- for agents that propose whole policies -------------------------------------------------------------------
 
+    def submit(self, policy: Policy) -> Result:
+        """Begin to measure a policy, and return what waits for its candidate: `result = env.submit(policy); result()`.
+
+        `at_once` policies may be under way; with more, this waits for one of them.
+
+        Raises:
+            SearchOver: Evaluations or time are spent.
+        """
+        return self._submit(policy)
+
     def evaluate(self, policy: Policy) -> Candidate:
         """Measure a policy.
 
         Raises:
             SearchOver: Evaluations or time are spent.
         """
-        return self._evaluate(policy)
+        return self.submit(policy)()
 
     def value(self, candidate: Candidate) -> float:
         """Return what to raise, always finite; `worst` for a candidate that failed."""
@@ -278,7 +293,24 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         return self._observation(), {"group": self._groups[0].name}
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Decide the next group.
+        """Decide the next group; at the last, wait for the candidate.
+
+        Raises:
+            ConfigError: The action is not in the action space.
+            ResetNeeded: The episode has ended.
+            SearchOver: The evaluations are spent.
+        """
+        observation, result, info = self.decide(action)
+        if result is None:
+            return observation, 0.0, False, False, info
+        candidate = result()
+        return observation, self.value(candidate), True, False, info | {"candidate": candidate}
+
+    def decide(self, action: Array) -> tuple[Array, Result | None, dict[str, Any]]:
+        """Decide the next group as `step` does, but wait for nothing: episodes may be under way together.
+
+        Returns:
+            The observation; what waits for the candidate, if this was the last group; and the information.
 
         Raises:
             ConfigError: The action is not in the action space.
@@ -295,13 +327,9 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self._removed[self._next] = min(high, max(low, wanted))
         info = {"group": decided.name, "removed": int(self._removed[self._next]), "saturated": low == high}
         self._next += 1
-        terminated = self._next == len(self._groups)
-        reward = 0.0
-        if terminated:
-            candidate = self.evaluate(self.feasible.policy(self._removed))
-            info["candidate"] = candidate
-            reward = self.value(candidate)
-        return self._observation(), reward, terminated, False, info
+        last = self._next == len(self._groups)
+        result = self.submit(self.feasible.policy(self._removed)) if last else None
+        return self._observation(), result, info
 
     @property
     def interval(self) -> tuple[int, int]:

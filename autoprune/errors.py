@@ -14,6 +14,7 @@
     │   └── TestSetError                   the test set was asked for by other than the finaliser, or twice
     ├── StructureError (RuntimeError)      the network's dependencies could not be found
     ├── DivergedError (FloatingPointError) a loss is not finite
+    ├── ExecutorError (RuntimeError)       no worker can be had
     ├── RunError (RuntimeError)            a run's folder can't be written, or holds something else
     └── SearchOver                         not an error: tells an agent that its evaluations are spent
 
@@ -33,6 +34,7 @@ __all__ = [
     "BudgetError",
     "ConfigError",
     "DivergedError",
+    "ExecutorError",
     "InfeasibleBudgetError",
     "NoEffectWarning",
     "PolicyError",
@@ -104,6 +106,10 @@ class StructureError(AutopruneError, RuntimeError):
 
 class DivergedError(AutopruneError, FloatingPointError):
     """A loss is not finite; a search records the candidate as failed and goes on."""
+
+
+class ExecutorError(AutopruneError, RuntimeError):
+    """No worker can be had to run evaluations."""
 
 
 class RunError(AutopruneError, RuntimeError):

@@ -72,13 +72,13 @@ class PrunedNetwork:
         """
         if epochs < 1:
             raise ConfigError(f"`epochs >= 1` must hold, but got epochs={epochs}")
-        settings = recipe or replace(self._evaluator.recovery.recipe, lr=FULL_LR)
+        settings = recipe or replace(self._evaluator.pipeline.recovery.recipe, lr=FULL_LR)
         if not settings.lr > 0:
             raise ConfigError(f"`lr > 0` must hold, but got lr={settings.lr}")
         steps = epochs * self._evaluator.bench.task.steps_per_epoch(settings.batch_size)
         model = cut(self.model, Cut())
-        seed = derive(self._evaluator.seed, "full fine-tuning", self.candidate.id)
-        self._evaluator.train(model, steps, settings, seed, self.candidate.removed, progress)
+        seed = derive(self._evaluator.pipeline.seed, "full fine-tuning", self.candidate.id)
+        self._evaluator.pipeline.train(model, steps, settings, seed, self.candidate.removed, progress)
         bench = self._evaluator.bench
         measured = bench.measure(model, bench.precision.full).summary("full")
         return PrunedNetwork(self._evaluator, self.candidate, model, measured, self.rule)

@@ -227,6 +227,17 @@ def _vgg16_bn(spec: ModelSpec) -> nn.Module:
     return model
 
 
+def _mobilenetv2(spec: ModelSpec, *, width: float) -> nn.Module:
+    """MobileNetV2 (https://arxiv.org/abs/1801.04381) of a width, for small images: strides of 8 in all, not of 32."""
+    from torchvision.models import MobileNetV2
+
+    stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 1], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
+    model = MobileNetV2(spec.num_classes, width_mult=width, inverted_residual_setting=stages)
+    if spec.in_channels != 3:
+        _rebuild_first_conv(model, spec.in_channels)
+    return cast(nn.Module, model)
+
+
 def _lenet_300_100(spec: ModelSpec) -> nn.Module:
     """The fully connected network of LeCun et al. 1998: two hidden layers, of 300 and 100."""
     return nn.Sequential(
@@ -304,6 +315,8 @@ _BUILDERS: Mapping[str, Callable[[ModelSpec], nn.Module]] = MappingProxyType(
     {
         "lenet-300-100": _lenet_300_100,
         "lenet-5": _lenet_5,
+        "mobilenetv2": partial(_mobilenetv2, width=1.0),
+        "mobilenetv2_half": partial(_mobilenetv2, width=0.5),
         "plain20": partial(_resnet, depth=20, shortcut="none"),
         "resnet8": partial(_resnet, depth=8, shortcut="projection"),
         "resnet20": partial(_resnet, depth=20, shortcut="pad"),

@@ -13,7 +13,7 @@ from autoprune.bounds import parse_bounds
 from autoprune.cost import CostModel, FeasibleSet, LatencyTable, count
 from autoprune.data import Batch
 from autoprune.errors import TaskError, UncountedOperatorWarning
-from autoprune.evaluation import Choice, Evaluator, Ledger, Workbench
+from autoprune.evaluation import Choice, Evaluator, Executor, Ledger, Pipeline, Workbench
 from autoprune.moments import Moments, influences, readers_of
 from autoprune.run import RunFolder, write_json
 from autoprune.scoring import Evidence, removal_orders
@@ -154,8 +154,8 @@ def _latency_table(task: Task, structure: Structure, costs: CostModel, file: Pat
     return table
 
 
-def evaluator_of(prepared: Prepared, folder: RunFolder) -> Evaluator:
+def evaluator_of(prepared: Prepared, folder: RunFolder, executor: Executor | None = None) -> Evaluator:
     """Return the evaluator of a run, with the candidates that its ledger holds."""
-    return Evaluator(
-        prepared.bench, prepared.costs, prepared.settings.recovery, Ledger(folder.ledger), prepared.settings.seed
-    )
+    settings = prepared.settings
+    pipeline = Pipeline(prepared.bench, settings.recovery, settings.seed)
+    return Evaluator(pipeline, prepared.costs, Ledger(folder.ledger), executor)

@@ -154,7 +154,7 @@ class SearchResult:
         chosen = self._evaluator.ledger.get(picked["id"])
         if chosen is None:
             raise RunError(f"the picked candidate {picked['id']} is not in the ledger of {self.run}")
-        recipe = dataclasses.replace(self._evaluator.recovery.recipe, lr=lr)
+        recipe = dataclasses.replace(self._evaluator.pipeline.recovery.recipe, lr=lr)
         rebuilt = rebuild(self._evaluator, chosen, picked["rule"])
         network = rebuilt.finetune(epochs, recipe=recipe, progress=progress)
         final: dict[str, Any] = {"epochs": epochs, "lr": lr, "val": record_of(network.measured)}
@@ -295,7 +295,7 @@ def rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNetw
     Raises:
         RunError: It measures something else now.
     """
-    model, (measured,) = evaluator.recovered(candidate.policy, final=True)
+    model, (measured,) = evaluator.pipeline.recovered(candidate.policy, final=True)
     again = measured.accuracy
     rounding = AGREEMENT + 1 / evaluator.bench.task.n_val if evaluator.bench.precision.dtype != "float32" else 1e-9
     noise = 0.0 if math.isnan(candidate.accuracy_se) else 2 * candidate.accuracy_se

@@ -10,7 +10,7 @@ from autoprune.errors import RunError
 
 __all__ = ["FORMAT", "RunFolder", "write_json"]
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Version of the folder's files; raised when a change makes old ones unreadable."""
 
 
@@ -82,19 +82,16 @@ class RunFolder:
             write_json(self.config, config)
             return False
         there = self.read(self.config)
-        for section in identity:
-            mine, theirs = json.loads(json.dumps(config[section])), there.get(section) or {}
-            for key in {**theirs, **mine}:
-                if mine.get(key) == theirs.get(key):
-                    continue
-                if not any(file.exists() for file in (self.sensitivity, self.ledger, self.tracking, self.result)):
-                    write_json(self.config, config)
-                    return False
-                raise RunError(
-                    f"{self.path} holds another search: its {key} is {theirs.get(key)!r}, not {mine.get(key)!r}; "
-                    "name another folder with --out, or repeat its settings to go on with it"
-                )
-        return True
+        difference = _difference(there, json.loads(json.dumps(config)), identity)
+        if difference is None:
+            return True
+        if any(file.exists() for file in (self.sensitivity, self.ledger, self.tracking, self.result)):
+            raise RunError(
+                f"{self.path} holds another search: its {difference}; name another folder with --out, or repeat its "
+                "settings to go on with it"
+            )
+        write_json(self.config, config)
+        return False
 
     def read(self, file: Path) -> dict[str, Any]:
         """Return a JSON file of the folder.
@@ -109,3 +106,15 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RunError(f"{file} can't be read: {error}") from error
         return document
+
+
+def _difference(there: Mapping[str, Any], mine: Mapping[str, Any], identity: tuple[str, ...]) -> str | None:
+    """Return the first value in which configs differ, in words."""
+    if there.get("format") != mine.get("format"):
+        return f"format is {there.get('format')}, not {mine.get('format')}, which is another version of autoprune"
+    for section in identity:
+        old, new = there.get(section) or {}, mine[section]
+        for key in {**old, **new}:
+            if old.get(key) != new.get(key):
+                return f"{key} is {old.get(key)!r}, not {new.get(key)!r}"
+    return None

@@ -28,7 +28,7 @@ from autoprune.errors import (
     SearchOver,
     TaskError,
 )
-from autoprune.evaluation import TIME_LIMIT, Arm, Candidate, Evaluator, Measurement
+from autoprune.evaluation import TIME_LIMIT, Arm, Candidate, Evaluator, Executor, InProcess, Measurement
 from autoprune.fidelity import agreements
 from autoprune.finaliser import PrunedNetwork
 from autoprune.policy import Policy
@@ -73,6 +73,7 @@ def search(
     progress: Progress | None = None,
     source: Mapping[str, Any] | None = None,
     reuse: str | Path | None = None,
+    executor: Executor | None = None,
     **settings: Any,
 ) -> SearchResult:
     """Search layer-wise sparsities for a task, and leave everything in a folder.
@@ -88,6 +89,10 @@ def search(
         source: How the command line made the task, kept in `config.json` so that it can make it again.
         reuse: A sensitivity report of the same network and data, from another search or `autoprune sensitivity`;
             its cells are not measured again.
+        executor: Where candidates are evaluated: by default here, one after another;
+            `autoprune.evaluation.ray.RayExecutor` has workers, here or on a cluster. How many candidates are under way
+            together is part of what a search is, as its seed is: one that goes on keeps the number that it began with,
+            whatever workers it has.
         settings: The fields of `SearchSettings`: `budget`, `max_drop`, `candidates`, `finetune_steps`, ...
 
     Returns:
@@ -99,6 +104,7 @@ def search(
         RunError: The folder holds another search, or can't be written.
         StructureError: The network's dependencies can't be traced.
         TaskError: The dense network's accuracy is 0.
+        ExecutorError: No worker can be had.
     """
     name = agent if isinstance(agent, str) else type(agent).__name__
     options = SearchSettings.of({**settings, "agent": name})
@@ -113,6 +119,7 @@ def search(
     watcher = progress or Silent()
     started = time.monotonic()
     folder = RunFolder(out)
+    runs = executor or InProcess()
     described = task.describe()
     config = {
         "format": FORMAT,
@@ -121,12 +128,14 @@ def search(
         "measures": {key: described[key] for key in ("augment", "metric", "loss")},
         "search": options.to_dict(),
         "agent": _identity_of(searcher),
+        "parallel": {"at_once": runs.at_once},
         "source": None if source is None else dict(source),
         "versions": _versions(),
     }
     going_on = folder.claim(config, ("digest", "measures", "search", "agent"))
+    runs.at_once = folder.read(folder.config)["parallel"]["at_once"]
     prepared = prepare(task, options, folder)
-    evaluator = evaluator_of(prepared, folder)
+    evaluator = evaluator_of(prepared, folder, runs)
     if going_on and folder.result.exists():
         summary = folder.read(folder.result)
         if summary["stopped"] != TIME_LIMIT:
@@ -163,7 +172,8 @@ class _Search:
         self.started = started
         limit = self.settings.time_limit
         self.deadline = None if limit is None else started + limit
-        self.logged: set[str] = set()
+        self.logged = 0
+        self.best: list[float] = []  # values, as candidates came
         self.predicted: Analytic | None = None
 
     def run(self, agent: Any) -> SearchResult:
@@ -174,6 +184,7 @@ class _Search:
         network: PrunedNetwork | None = None
         summary: dict[str, Any] = {}
         try:
+            self.evaluator.start()
             self.predicted = predicted = self.predict()
             sensitivity = self.analyse(predicted)
             arm = self.search(agent, sensitivity, predicted, dense)
@@ -183,6 +194,7 @@ class _Search:
             status = "KILLED"
             raise
         finally:
+            self.evaluator.close()
             folder = self.folder
             files = (folder.config, folder.sensitivity, folder.ledger, folder.front, folder.report, folder.figures)
             metrics = {f"picked.{k}": v for k, v in summary.get("picked", {}).items() if isinstance(v, int | float)}
@@ -232,7 +244,7 @@ class _Search:
             tried = min(3, steps)
             started = time.monotonic()
             with contextlib.suppress(DivergedError):  # what candidates make of it is on record
-                self.evaluator.train(model, tried, self.settings.recovery.recipe, 0, uniform)
+                self.evaluator.pipeline.train(model, tried, self.settings.recovery.recipe, 0, uniform)
             training = (time.monotonic() - started) / tried * steps
         each = recovering + training + passing * (2 if steps else 1)
         cells = len(self.prepared.structure) * len(self.settings.sensitivity)
@@ -295,43 +307,41 @@ class _Search:
         controls = self.settings.control_size
         count = 1 + controls + self.settings.candidates
         self.progress.begin("search", count)
-        best: list[float] = []
         value = self._value(dense)
-
-        def watched(arm: Arm) -> Callable[[Policy], Candidate]:
-            def evaluate(policy: Policy) -> Candidate:
-                candidate = arm(policy)
-                if candidate.id not in self.logged:
-                    self.logged.add(candidate.id)
-                    self.tracker.candidate(candidate)
-                    self._note_tracking()
-                    if candidate.failure is None:
-                        best.append(max([*best[-1:], value(candidate)]))
-                    self.progress.step(len(self.logged), self._said(candidate, best))
-                return candidate
-
-            return evaluate
-
+        self.evaluator.watch = lambda candidate: self._watch(candidate, value)
         uniform = Arm(self.evaluator, "uniform", "uniform", 1, self.deadline)
         random = Arm(self.evaluator, "random", "random", controls, self.deadline)
         arm = Arm(self.evaluator, "search", self.settings.agent, self.settings.candidates, self.deadline)
         control_spend = spend if self.settings.budget is None else (1.0, 1.0)
         control_space = registry.resolve("search space", "group")(self.prepared.feasible, spend=control_spend)
         with contextlib.suppress(SearchOver):
-            watched(uniform)(self._uniform(1.0))
+            uniform(self._uniform(1.0))
         plain = registry.resolve("agent", "random")()
-        environment = self._environment(self.prepared.feasible, control_space, watched(random), value, controls, None)
+        environment = self._environment(self.prepared.feasible, control_space, random, value, None)
         _until_over(plain, environment, derive(self.settings.seed, "control"))
+        random.drain()
         feasible = self._within(sensitivity)
         space = registry.resolve("search space", self.settings.space)(feasible, spend=spend)
-        environment = self._environment(
-            feasible, space, watched(arm), value, self.settings.candidates, sensitivity, shares, predicted
-        )
+        environment = self._environment(feasible, space, arm, value, sensitivity, shares, predicted)
         _until_over(agent, environment, derive(self.settings.seed, "agent"))
+        arm.drain()
         self.progress.end()
+        self.evaluator.watch = self._log
         if arm.stopped is not None:
             self.progress.line(f"stopped after {len(arm.candidates)} of {arm.limit} candidates: {arm.stopped}")
         return arm
+
+    def _watch(self, candidate: Candidate, value: Callable[[Candidate], float]) -> None:
+        """Log a candidate, and say how the search stands."""
+        self._log(candidate)
+        if candidate.failure is None:
+            self.best.append(max([*self.best[-1:], value(candidate)]))
+        self.progress.step(self.logged, self._said(candidate, self.best))
+
+    def _log(self, candidate: Candidate) -> None:
+        self.logged += 1
+        self.tracker.candidate(candidate)
+        self._note_tracking()
 
     def _note_tracking(self) -> None:
         """Write down where the search is logged, once that is known, so that a resumed one goes on there."""
@@ -342,9 +352,8 @@ class _Search:
         self,
         feasible: FeasibleSet,
         space: Any,
-        evaluate: Callable[[Policy], Candidate],
+        arm: Arm,
         value: Callable[[Candidate], float],
-        evaluations: int,
         sensitivity: SensitivityReport | None,
         shares: Sequence[float] = (1.0,),
         predicted: Analytic | None = None,
@@ -361,9 +370,10 @@ class _Search:
         return PruningEnv(
             feasible,
             space,
-            evaluate,
+            arm.submit,
             value=value,
-            evaluations=evaluations,
+            evaluations=arm.limit,
+            at_once=self.evaluator.executor.at_once,
             warm_starts=warm_starts,
             layers=layer_facts(self.prepared.task.model, self.prepared.task.example_input, structure),
             slopes=slopes,
@@ -447,9 +457,6 @@ class _Search:
                 self.evaluator, dense_record, self.settings.max_drop, self.settings.budget, fall_back=True
             )
             uniform = uniform_at(self.prepared, self.evaluator, chosen.cost)
-        for candidate in ledger:
-            if candidate.id not in self.logged:
-                self.tracker.candidate(candidate)
         picked = rebuild(self.evaluator, chosen, rule)
         randoms = [c for c in ledger if c.arm == "random"]
         comparable = [c for c in measured(randoms) if self.settings.budget is not None or c.macs <= chosen.macs]

@@ -189,6 +189,12 @@ class Task:
         """
         return self._sealed_test.open(reader)
 
+    def without_test(self) -> "Task":
+        """Return the same task, network and data shared, whose test split is not there."""
+        task = copy.copy(self)
+        task._sealed_test = _Sealed(None)
+        return task
+
     @property
     def test_read(self) -> bool:
         """Whether the test split was opened already."""

@@ -18,6 +18,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Protocol, final
 
@@ -31,7 +32,7 @@ from autoprune.analytic import POWER, Analytic
 from autoprune.cost import Budget, CostModel, FeasibleSet
 from autoprune.environment import PruningEnv, layer_facts
 from autoprune.errors import ConfigError, SearchOver
-from autoprune.evaluation.candidate import Candidate, Measurement
+from autoprune.evaluation import Candidate, Executor, Measurement, Outcome, Result
 from autoprune.policy import Policy
 from autoprune.search_spaces.base import SearchSpace
 from autoprune.search_spaces.per_group import PerGroup
@@ -39,9 +40,11 @@ from autoprune.structure import Group, Slice, Structure
 
 __all__ = [
     "AgentContract",
+    "ExecutorContract",
     "MakeSpace",
     "SearchSpaceContract",
     "SyntheticEvaluator",
+    "SyntheticPipeline",
     "TinyNet",
     "TinyResNet",
     "chain",
@@ -201,11 +204,20 @@ class SyntheticEvaluator:
         feasible = [self._feasible.policy(counts) for counts in every if self._feasible.utilisation(counts) <= 1]
         return max(feasible, key=self.accuracy)
 
+    def submit(self, policy: Policy) -> Result:
+        """Return what gives the candidate of a policy.
+
+        Raises:
+            SearchOver: The evaluations are spent, or the same policies come again and again.
+        """
+        candidate = self(policy)
+        return lambda: candidate
+
     def __call__(self, policy: Policy) -> Candidate:
         """Return the candidate of a policy.
 
         Raises:
-            SearchOver: The evaluations are spent, or the same policies come again and again.
+            SearchOver: As `submit`.
         """
         self.calls += 1
         policy = self._feasible.structure.rounded(policy)
@@ -253,7 +265,7 @@ def synthetic_env(
     env = PruningEnv(
         feasible,
         space,
-        evaluator,
+        evaluator.submit,
         value=lambda candidate: candidate.accuracy,
         evaluations=evaluations,
         layers=layers,
@@ -268,6 +280,80 @@ def run_agent(agent: Agent, env: PruningEnv, *, seed: int) -> None:
         agent.run(env, seed=seed)
     except SearchOver:
         return
+
+
+@final
+class SyntheticPipeline:
+    """Gives each policy an outcome that depends on it alone, after a while; pickles.
+
+    Args:
+        seconds: How long an outcome takes.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+
+    def __call__(self, policy: Policy) -> Outcome:
+        """Return the outcome.
+
+        Raises:
+            ValueError: The first sparsity is above 0.9.
+        """
+        time.sleep(self.seconds)
+        first = next(iter(policy.values()))
+        if first > 0.9:
+            raise ValueError(f"{first} is too sparse")
+        return Outcome(policy.id, (Measurement("short", 1 - first, 0.0, first, 0.0),), self.seconds)
+
+
+class ExecutorContract:
+    """What holds of every executor; a subclass gives the fixture `executor`, not started."""
+
+    def test_each_policy_comes_back_once(self, executor: Executor) -> None:
+        """In any order, with what the pipeline makes of it."""
+        pipeline, policies = SyntheticPipeline(), [Policy({"a": number / 40}) for number in range(30)]
+        executor.start(pipeline)
+        under_way, outcomes = 0, []
+        for policy in policies:
+            if under_way == executor.at_once:
+                outcomes.append(executor.finished())
+                under_way -= 1
+            executor.submit(policy)
+            under_way += 1
+        outcomes += [executor.finished() for _ in range(under_way)]
+        executor.close()
+        assert sorted(outcome.id for outcome in outcomes) == sorted(policy.id for policy in policies)
+        expected = {policy.id: pipeline(policy) for policy in policies}
+        assert all(outcome == expected[outcome.id] for outcome in outcomes)
+
+    def test_what_the_pipeline_raises_is_raised(self, executor: Executor) -> None:
+        """And others are still run."""
+        executor.start(SyntheticPipeline())
+        executor.submit(Policy({"a": 0.95}))
+        raised = None
+        try:
+            executor.finished()
+        except ValueError as error:
+            raised = error
+        assert raised is not None, "the error was swallowed"
+        assert "0.95 is too sparse" in str(raised)
+        executor.submit(Policy({"a": 0.5}))
+        assert executor.finished().id == Policy({"a": 0.5}).id
+        executor.close()
+
+    def test_it_can_be_closed_at_any_time_and_started_again(self, executor: Executor) -> None:
+        """What was under way is dropped."""
+        executor.start(SyntheticPipeline())
+        for number in range(executor.at_once):
+            executor.submit(Policy({"a": number / 1000}))
+        executor.close()
+        executor.close()
+        executor.start(SyntheticPipeline())
+        executor.submit(Policy({"a": 0.5}))
+        assert executor.finished().id == Policy({"a": 0.5}).id
+        executor.close()
 
 
 class AgentContract:
@@ -352,6 +438,13 @@ class AgentContract:
 
         assert len(set(_sequence(agent, _EVALUATIONS, change=failing))) > _EVALUATIONS / 2
 
+    def test_several_may_be_under_way(self, agent: Agent) -> None:
+        """With results that come later, the same seed gives the same policies too, most of them distinct."""
+        policies = _sequence(agent, _EVALUATIONS, seed=3, at_once=4)
+        assert policies == _sequence(agent, _EVALUATIONS, seed=3, at_once=4)
+        assert len(set(policies)) > _EVALUATIONS / 2, f"only {len(set(policies))} of {_EVALUATIONS} evaluations used"
+        assert len(set(policies)) > len(policies) / 2, f"{len(policies)} policies, of which {len(set(policies))} differ"
+
     def test_few_evaluations_are_enough(self, agent: Agent) -> None:
         """However few there are to plan for, at least one is used."""
         assert not _sequence(agent, 0)
@@ -377,6 +470,7 @@ def _sequence(
     *,
     seed: int = 0,
     widths: Sequence[int] = _WIDTHS,
+    at_once: int = 1,
     change: Callable[[Candidate], Candidate] = lambda candidate: candidate,
 ) -> list[Policy]:
     """Return every policy that an agent had evaluated, repetitions included.
@@ -388,7 +482,7 @@ def _sequence(
     policies: list[Policy] = []
     over = False
 
-    def evaluate(policy: Policy) -> Candidate:
+    def submit(policy: Policy) -> Result:
         nonlocal over
         if over:
             raise _KeptOnError
@@ -398,14 +492,22 @@ def _sequence(
             over = True
             raise
         policies.append(policy)
-        return change(candidate)
+        known: list[Candidate] = []
+
+        def result() -> Candidate:
+            if not known:
+                known.append(change(candidate))
+            return known[0]
+
+        return result
 
     env = PruningEnv(
         synthetic.feasible,
         synthetic.space,
-        evaluate,
+        submit,
         value=lambda candidate: candidate.accuracy,
         evaluations=evaluations,
+        at_once=at_once,
         predicted=synthetic.predicted,
     )
     try:

@@ -1,6 +1,8 @@
 """How well recovery without training tells policies apart, and how far it gets, on CIFAR-10 and Fashion-MNIST.
 
     python benchmarks/closed_form.py rank  --data-root DIR --weights FILE --out rank.jsonl
+    python benchmarks/closed_form.py long  --data-root DIR --weights FILE --images 10000 --out long.jsonl
+    python benchmarks/closed_form.py rank  --data-root DIR --weights FILE --out rank.jsonl --long long.jsonl --show
     python benchmarks/closed_form.py table --data-root DIR --weights FILE --out table.jsonl
     python benchmarks/closed_form.py weights --data-root DIR --weights FILE --out weights.jsonl
     python benchmarks/closed_form.py finalist --data-root DIR --weights FILE --out finalist.jsonl
@@ -11,6 +13,9 @@ what the moments predict without evaluating; sliced; recalibrated; reconstructed
 recalibration; reconstructed in one pass (the rung `reconstructed`); and from there after 20, 50 and 200 steps of
 fine-tuning. Kendall's tau of each rung with the last, with a bootstrap interval of 95 %, over all policies and over the
 better half of them, and the seconds that a rung takes after what is made once.
+
+`long`: the same policies, fine-tuned from the rung `reconstructed` for whole epochs, as `autoprune finalize` does; with
+`--long`, `rank` compares its rungs with that instead of with 200 steps.
 
 `table`: uniform, the policy of least predicted loss (nothing evaluated) and the one of least measured loss (three cells
 a group, found with the first seed), with elements in L1 and in OBS order, at half of the MACs, at the same rungs, for
@@ -44,8 +49,9 @@ import torch
 import autoprune as ap
 from autoprune import data, models
 from autoprune.cost import Budget
-from autoprune.evaluation import Evaluator, Ledger
+from autoprune.evaluation import Pipeline
 from autoprune.fidelity import kendall
+from autoprune.finaliser import FULL_LR
 from autoprune.finetuning import Recipe, recalibrate, reconstruct
 from autoprune.policy import Policy
 from autoprune.preparation import Prepared, prepare
@@ -67,6 +73,7 @@ NAMES = {
     "cached_recalibrated": "the same, recalibrated",
     "reconstructed": "reconstructed in one pass",
     **{f"steps_{n}": f"{n} steps from there" for n in STEPS},
+    "long": "whole epochs from there",
 }
 
 
@@ -100,9 +107,7 @@ class Bench:
         self.moments = self.prepared.evidence.moments(self.prepared.bench.model, self.prepared.structure)
         self.analytic = self.prepared.analytic()
         self.once = time.perf_counter() - started
-        self.evaluator = Evaluator(
-            self.prepared.bench, self.prepared.costs, settings.recovery, Ledger(), derive(seed, "benchmark")
-        )
+        self.pipeline = Pipeline(self.prepared.bench, settings.recovery, derive(seed, "benchmark"))
         self.prepared.bench.recovered({})  # makes what is made once
 
     def accuracy(self, model: torch.nn.Module) -> float:
@@ -157,7 +162,7 @@ class Bench:
 
     def _trained(self, model: torch.nn.Module, steps: int, policy: Policy, removed: Any) -> torch.nn.Module:
         copied = cut(model, Cut())
-        self.evaluator.train(copied, steps, Recipe(), derive(self.evaluator.seed, policy.id, steps), removed)
+        self.pipeline.train(copied, steps, Recipe(), derive(self.pipeline.seed, policy.id, steps), removed)
         return copied
 
 
@@ -191,17 +196,46 @@ def rank(options: argparse.Namespace) -> None:
         row["precision"] = str(bench.prepared.bench.choice)
         rows.append(row)
         _append(options.out, row)
+    target = f"steps_{STEPS[-1]}"
+    if options.long:
+        target = "long"
+        after = {(row["kind"], row["id"]): row for row in _lines(options.long)}
+        found = [(row, after.get((row["kind"], row["id"]))) for row in rows]
+        rows = [
+            row | {"long": last["after"], "seconds": row["seconds"] | {"long": last["seconds"]}}
+            for row, last in found
+            if last is not None
+        ]
     for kind in ("equal", "mixed"):
         predictions = {policy.id: bench.predict(policy) for of, policy in drawn if of == kind}
         chosen = [row | predictions[row["id"]] for row in rows if row["kind"] == kind and row["id"] in predictions]
         if len(chosen) > 3:
             print(f"\n{len(chosen)} policies at {kind} cost\n")
-            print(rank_table(chosen))
+            print(rank_table(chosen, target))
 
 
-def rank_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return Kendall's tau of each rung with the last one as a Markdown table."""
-    last = np.array([row[f"steps_{STEPS[-1]}"] for row in rows])
+def long(options: argparse.Namespace) -> None:
+    """Fine-tune the policies of `rank` for whole epochs."""
+    rows = _lines(options.out)
+    bench = Bench(options)
+    for kind, policy in policies(bench.prepared, options.policies):
+        if kind not in options.kinds or any((row["kind"], row["id"]) == (kind, policy.id) for row in rows):
+            continue
+        removed = bench.prepared.structure.removed(policy)
+        steps = options.epochs * bench.prepared.task.steps_per_epoch(Recipe().batch_size)
+        started = time.perf_counter()
+        model = bench.prepared.bench.recovered(removed)
+        bench.pipeline.train(model, steps, Recipe(lr=FULL_LR), derive(bench.pipeline.seed, policy.id, steps), removed)
+        seconds = time.perf_counter() - started
+        row = {"kind": kind, "id": policy.id, "steps": steps, "seconds": seconds, "after": bench.accuracy(model)}
+        rows.append(row)
+        _append(options.out, row)
+    print(f"{len(rows)} policies, {np.mean([row['after'] for row in rows]):.1%}")
+
+
+def rank_table(rows: Sequence[dict[str, Any]], target: str) -> str:
+    """Return Kendall's tau of each rung with the rung `target` as a Markdown table."""
+    last = np.array([row[target] for row in rows])
     better = last >= np.median(last)
     lines = [
         "| what is known of a policy | tau, all | tau, better half | accuracy, mean | seconds a policy |",
@@ -209,12 +243,14 @@ def rank_table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     measuring = float(np.median([row["seconds"]["measuring"] for row in rows]))
     for rung, name in NAMES.items():
+        if rung not in rows[0]:
+            continue
         values = np.array([row[rung] for row in rows])
         predicted = rung.startswith("predicted")
         seconds = float(np.median([row["spent"] if predicted else row["seconds"][rung] for row in rows]))
         spent = f"{seconds:.1e}" if predicted else f"{seconds:.2f} + {measuring:.2f}"
         taus = [kendall(values, last), kendall(values[better], last[better])]
-        texts = ["" if rung == f"steps_{STEPS[-1]}" else f"{t:.2f} ({low:.2f} to {high:.2f})" for t, low, high in taus]
+        texts = ["" if rung == target else f"{t:.2f} ({low:.2f} to {high:.2f})" for t, low, high in taus]
         accuracy = "" if predicted else f"{values.mean():.1%}"
         lines.append(f"| {name} | {texts[0]} | {texts[1]} | {accuracy} | {spent} |")
     return "\n".join(lines)
@@ -263,7 +299,7 @@ def finalist(options: argparse.Namespace) -> None:
             if start == "recalibrated":
                 model = bench.recalibrated(cut(bench.prepared.bench.model, bench.prepared.bench.change(removed)))
             row = {"start": start, "lr": lr, "steps": steps, "before": bench.accuracy(model)}
-            bench.evaluator.train(model, steps, Recipe(lr=lr), derive(0, "finalist"), removed)
+            bench.pipeline.train(model, steps, Recipe(lr=lr), derive(0, "finalist"), removed)
             rows.append(row | {"after": bench.accuracy(model)})
             _append(options.out, rows[-1])
     print("| from | peak learning rate | steps | before | after |\n|---|---|---|---|---|")
@@ -370,7 +406,7 @@ def _append(file: Path, row: dict[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("rank", "table", "weights", "finalist", "memory"))
+    parser.add_argument("part", choices=("rank", "long", "table", "weights", "finalist", "memory"))
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--network", default="resnet20")
@@ -380,7 +416,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--policies", type=int, default=40, help="of each of both kinds")
     parser.add_argument("--precision", default="auto", help="of measuring and fine-tuning; auto, float32 or bfloat16")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2, help="of `finalist`")
+    parser.add_argument("--epochs", type=int, default=2, help="of `finalist` and `long`")
+    parser.add_argument("--kinds", nargs="+", default=["equal", "mixed"], help="policies of `long`: equal, mixed")
+    parser.add_argument("--long", type=Path, help="what `long` wrote, for `rank`")
     parser.add_argument("--out", type=Path, required=True, help="a line for every policy; goes on where it stopped")
     parser.add_argument("--show", action="store_true", help="measure nothing, print what the file holds")
     return parser.parse_args()
@@ -388,4 +426,6 @@ def _options() -> argparse.Namespace:
 
 if __name__ == "__main__":
     chosen = _options()
-    {"rank": rank, "table": table, "weights": weights, "finalist": finalist, "memory": memory}[chosen.part](chosen)
+    {"rank": rank, "long": long, "table": table, "weights": weights, "finalist": finalist, "memory": memory}[
+        chosen.part
+    ](chosen)

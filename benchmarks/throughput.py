@@ -38,7 +38,7 @@ from torch import nn
 
 import autoprune as ap
 from autoprune import models
-from autoprune.evaluation import RUNGS, Evaluator, Ledger
+from autoprune.evaluation import RUNGS, Evaluator, Ledger, Pipeline
 from autoprune.finetuning import Recipe
 from autoprune.finetuning.train import one_cycle
 from autoprune.policy import Policy
@@ -53,7 +53,7 @@ class Ours:
         settings = SearchSettings(budget="macs<=99%", recover=recover, calibration_images=calibration)
         self.prepared: Prepared = prepare(task, settings)
         self.bench = self.prepared.bench
-        self.evaluator = Evaluator(self.bench, self.prepared.costs, settings.recovery, Ledger(), 0)
+        self.evaluator = Evaluator(Pipeline(self.bench, settings.recovery, 0), self.prepared.costs, Ledger())
         self.names = fnmatch.filter(self.prepared.structure.names, groups)
         self.removed = self.prepared.structure.removed(Policy(dict.fromkeys(self.names, sparsity)))
         self.macs = self.prepared.costs.cost(self.removed).macs
@@ -62,7 +62,7 @@ class Ours:
         """Evaluate a candidate, and return its accuracy."""
         model = self.bench.recovered(self.removed)
         if steps:
-            self.evaluator.train(model, steps, Recipe(), 0, self.removed)
+            self.evaluator.pipeline.train(model, steps, Recipe(), 0, self.removed)
         return self.bench.measure(model).summary("").accuracy
 
     def overhead(self, candidates: int = 50) -> float:

@@ -17,7 +17,7 @@ from torch import nn
 from autoprune.cost import Budget, CostModel, FeasibleSet
 from autoprune.environment import LayerFacts, Observation, PruningEnv, layer_facts
 from autoprune.errors import ConfigError, SearchOver
-from autoprune.evaluation.candidate import Candidate
+from autoprune.evaluation import Candidate, Result
 from autoprune.policy import Policy
 from autoprune.search_spaces.per_group import PerGroup
 from autoprune.structure import Group, Structure
@@ -36,7 +36,7 @@ def make(**changes: Any) -> PruningEnv:
     arguments: dict[str, Any] = {
         "feasible": FEASIBLE,
         "space": PerGroup(FEASIBLE, spend=(1.0, 1.0)),
-        "evaluate": SyntheticEvaluator(FEASIBLE, evaluations=1000),
+        "submit": SyntheticEvaluator(FEASIBLE, evaluations=1000).submit,
         "value": accuracy,
         "evaluations": 1000,
     }
@@ -67,7 +67,7 @@ def specified(widths: tuple[int, ...]) -> gymnasium.Env[Any, Any]:
     arguments = {
         "feasible": feasible,
         "space": PerGroup(feasible, spend=(1.0, 1.0)),
-        "evaluate": SyntheticEvaluator(feasible, evaluations=1000),
+        "submit": SyntheticEvaluator(feasible, evaluations=1000).submit,
         "value": accuracy,
         "evaluations": 1000,
     }
@@ -271,10 +271,10 @@ def test_the_reward_is_the_value_at_the_end_and_nothing_before() -> None:
 def test_a_failed_candidate_gives_the_worst_reward(worst: float) -> None:
     evaluator = SyntheticEvaluator(FEASIBLE, evaluations=10)
 
-    def failing(policy: Policy) -> Candidate:
-        return dataclasses.replace(evaluator(policy), measurements=(), failure="the loss is not finite")
+    def failing(policy: Policy) -> Result:
+        return lambda: dataclasses.replace(evaluator(policy), measurements=(), failure="the loss is not finite")
 
-    env = make(evaluate=failing, worst=worst)
+    env = make(submit=failing, worst=worst)
     _, infos, reward = walk(env, [0.0] * 4)
     assert reward == worst
     assert infos[-1]["candidate"].failure == "the loss is not finite"
@@ -299,7 +299,7 @@ def test_objectives_are_accuracy_and_costs_relative_to_the_dense_network() -> No
 
 
 def test_search_over_passes_through_the_last_step() -> None:
-    env = make(evaluate=SyntheticEvaluator(FEASIBLE, evaluations=0))
+    env = make(submit=SyntheticEvaluator(FEASIBLE, evaluations=0).submit)
     env.reset()
     for _ in range(3):
         env.step(action(0.0))

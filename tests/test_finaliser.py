@@ -11,7 +11,7 @@ from torch import Tensor
 from autoprune import export
 from autoprune.cost import CostModel, count
 from autoprune.errors import ConfigError, DivergedError, TestSetError
-from autoprune.evaluation import Evaluator, Ledger, Recovery, Workbench, measure
+from autoprune.evaluation import Evaluator, Ledger, Pipeline, Recovery, Workbench, measure
 from autoprune.finaliser import FULL_LR, PrunedNetwork
 from autoprune.finetuning import Recipe, recalibrate, train
 from autoprune.policy import Policy
@@ -52,13 +52,14 @@ def evaluator() -> Evaluator:
     orders = removal_orders(L1().score(model, structure, Evidence([], task.loss, 0)))
     recovery = Recovery(200, 2, Recipe(lr=0.05, batch_size=50))
     costs = CostModel(model, task.example_input, structure)
-    return Evaluator(Workbench(task, structure, orders, 200, 0, "recalibrated"), costs, recovery, Ledger(), 0)
+    bench = Workbench(task, structure, orders, 200, 0, "recalibrated")
+    return Evaluator(Pipeline(bench, recovery, 0), costs, Ledger())
 
 
 @pytest.fixture
 def network(evaluator: Evaluator) -> PrunedNetwork:
     candidate = evaluator.evaluate(Policy({"stem": 0.5, "conv1": 0.5}), arm="search", agent="tpe")
-    model, measurements = evaluator.recovered(candidate.policy)
+    model, measurements = evaluator.pipeline.recovered(candidate.policy)
     return PrunedNetwork(evaluator, candidate, model, measurements[-1], "the only one")
 
 
@@ -73,7 +74,7 @@ def test_full_fine_tuning_has_a_rate_of_its_own(
     evaluator: Evaluator, network: PrunedNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes: list[Recipe] = []
-    monkeypatch.setattr(evaluator, "train", lambda model, steps, recipe, *_: recipes.append(recipe))
+    monkeypatch.setattr(evaluator.pipeline, "train", lambda model, steps, recipe, *_: recipes.append(recipe))
     network.finetune(epochs=1)
     network.finetune(epochs=1, recipe=Recipe(lr=0.5))
     assert recipes == [Recipe(lr=FULL_LR, batch_size=50), Recipe(lr=0.5)]

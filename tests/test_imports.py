@@ -76,7 +76,7 @@ DOORS = {
     "mlflow": {"autoprune.tracking"},
     "optuna": {"autoprune.agents.optuna"},
     "plotly": {"autoprune.report"},
-    "ray": set(),
+    "ray": {"autoprune.evaluation.ray"},
     "rich": {"autoprune.cli"},
     "scipy": {"autoprune.structure.labels", "autoprune.fidelity"},
     "sklearn": {"autoprune.data"},
@@ -238,7 +238,8 @@ class TestDependencies:
         libraries = names - set(sys.stdlib_module_names) - {"autoprune", ""}
         needed = {"scikit-learn" if library == "sklearn" else library.replace("_", "-") for library in libraries}
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        assert needed == {re.split(r"[>=]", requirement)[0] for requirement in project["dependencies"]}
+        optional = project["optional-dependencies"]["ray"]
+        assert needed == {re.split(r"[>=]", requirement)[0] for requirement in [*project["dependencies"], *optional]}
 
 
 class TestModules:

@@ -29,6 +29,8 @@ def parameters(model: nn.Module) -> int:
         ("resnet8", 75_290 + (16 * 32 + 64) + (32 * 64 + 128)),
         # Convolutions, batch norms, and 512 x 10 + 10 of the one linear layer.
         ("vgg16_bn", 14_714_688 + 4_224 + 4_224 + 5_130),
+        # As published (its 1000 classes: 3,504,872), with 1280 x 10 + 10 for the classifier's 1280 x 1000 + 1000.
+        ("mobilenetv2", 3_504_872 - 1_281_000 + 12_810),
         ("lenet-300-100", 3 * 32 * 32 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10),
     ],
 )

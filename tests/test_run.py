@@ -151,6 +151,14 @@ def test_a_key_that_is_gone_makes_another_search(tmp_path: Path) -> None:
         folder.claim(without, IDENTITY)
 
 
+def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.claim(CONFIG, IDENTITY)
+    folder.ledger.write_text("")
+    with pytest.raises(RunError, match="its format is 1, not 2, which is another version of autoprune; name another"):
+        folder.claim(CONFIG | {"format": 2}, IDENTITY)
+
+
 def test_a_folder_whose_search_left_nothing_is_free(tmp_path: Path) -> None:
     """A search that fails before it begins, for its budget, say, must not block its folder for the corrected one."""
     folder = RunFolder(tmp_path)

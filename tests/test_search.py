@@ -33,7 +33,7 @@ from autoprune.errors import (
     TestSetError,
     UnknownNameError,
 )
-from autoprune.evaluation import Candidate, Evaluator, Measurement, measure
+from autoprune.evaluation import Candidate, InProcess, Measurement, Outcome, Pipeline, Runs, measure
 from autoprune.fidelity import FEWEST, kendall
 from autoprune.finaliser import PrunedNetwork
 from autoprune.finetuning import Recipe, recalibrate, train
@@ -47,6 +47,7 @@ from autoprune.structure import analyse
 from autoprune.task import Task, cross_entropy, top1
 from autoprune.tracking import NullTracker
 
+importlib.import_module("stable_baselines3")  # which draws from a global generator, so not inside a test
 result_module = importlib.import_module("autoprune.result")
 search_module = importlib.import_module("autoprune.search")  # the package's attribute of that name is the function
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
@@ -213,15 +214,16 @@ def formula(light: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Formula],
 
     def use(accuracy: Formula) -> None:
         def recovered(
-            self: Evaluator, policy: Policy, *, final: bool = False
+            self: Pipeline, policy: Policy, *, final: bool = False
         ) -> tuple[nn.Module, tuple[Measurement, ...]]:
             removed = self.bench.structure.removed(policy)
-            value = accuracy(removed, self.costs.cost(removed))
+            network = self.bench.recovered(removed)
+            value = accuracy(removed, count(network, self.bench.task.example_input).cost)
             if math.isnan(value):
                 raise DivergedError("the loss is nan at fine-tuning step 1 of 2")
-            return self.bench.recovered(removed), (Measurement("reconstructed", value, 0.01, 1 - value, 0.01),)
+            return network, (Measurement("reconstructed", value, 0.01, 1 - value, 0.01),)
 
-        monkeypatch.setattr(Evaluator, "recovered", recovered)
+        monkeypatch.setattr(Pipeline, "recovered", recovered)
 
     return use
 
@@ -262,7 +264,7 @@ def test_all_files_are_there(done: Done) -> None:
 
 def test_the_config_holds_everything_resolved(done: Done) -> None:
     config = read(done.out / "config.json")
-    assert config["format"] == 2
+    assert config["format"] == 3
     assert config["task"] == done.task.describe()
     assert config["digest"] == done.task.digest()
     assert config["search"] == SETTINGS | {
@@ -463,10 +465,10 @@ def test_the_tracker_is_told_whether_it_was_stopped_or_failed(tmp_path: Path, mo
         run(tmp_path / "killed", tracker=killed, sensitivity=())
     assert killed.finished["status"] == "KILLED"
 
-    def broken(self: Evaluator, policy: Policy, *, final: bool = False) -> Any:
+    def broken(self: Pipeline, policy: Policy, *, final: bool = False) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Evaluator, "recovered", broken)
+    monkeypatch.setattr(Pipeline, "recovered", broken)
     failed = Probe()
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "failed", tracker=failed, sensitivity=())
@@ -528,6 +530,52 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_ledger(
     assert watcher.lines[0] == f"going on with {out}: {len(whole)} candidates are there"
 
 
+class OutOfTurn:
+    """An executor that has several under way and finishes the newest first."""
+
+    def __init__(self, at_once: int) -> None:
+        self.at_once = at_once
+        self.pipeline: Runs | None = None
+        self.under_way: list[Policy] = []
+
+    def start(self, pipeline: Runs) -> None:
+        self.pipeline = pipeline
+
+    def submit(self, policy: Policy) -> None:
+        self.under_way.append(policy)
+
+    def finished(self) -> Outcome:
+        assert self.pipeline is not None
+        return self.pipeline(self.under_way.pop())
+
+    def close(self) -> None:
+        self.pipeline = None
+        self.under_way.clear()
+
+
+@pytest.mark.parametrize("agent", ["tpe", "nsga2", "amc", "analytic", "random"])
+def test_with_several_under_way_it_is_the_same_search_whoever_is_faster_and_wherever_it_is_killed(
+    agent: str, tmp_path: Path, light: None
+) -> None:
+    def ledger(name: str) -> list[dict[str, Any]]:
+        return sorted(ledger_of(tmp_path / name), key=lambda line: line["number"])
+
+    settings: dict[str, Any] = {"agent": agent, "finetune_steps": 0, "candidates": 9, "sensitivity": ()}
+    executor = OutOfTurn(4)
+    whole = run(tmp_path / "whole", executor=executor, **settings)
+    assert executor.pipeline is None  # it was closed
+    assert read(tmp_path / "whole" / "config.json")["parallel"] == {"at_once": 4}
+    run(tmp_path / "in_turn", executor=InProcess(at_once=4), **settings)
+    assert ledger("in_turn") == ledger("whole")
+    for kill_at in (2, 5, 9):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed", tracker=Probe(kill_at), executor=OutOfTurn(4), **settings)
+    result = run(tmp_path / "killed", **settings)  # without workers, it goes on with as many under way
+    assert ledger("killed") == ledger("whole")
+    assert result.summary["picked"] == whole.summary["picked"]
+    assert [line["number"] for line in ledger("whole")] == list(range(len(ledger("whole"))))
+
+
 def test_uniform_at_the_same_cost_may_be_the_better_pick_and_killing_there_changes_nothing(
     tmp_path: Path, formula: Callable[[Formula], None]
 ) -> None:
@@ -555,7 +603,7 @@ def test_a_finished_folder_answers_without_evaluating(done: Done, monkeypatch: p
     def forbidden(*_: Any) -> Any:
         raise AssertionError("it was finished")
 
-    monkeypatch.setattr(Evaluator, "recovered", forbidden)
+    monkeypatch.setattr(Pipeline, "recovered", forbidden)
     monkeypatch.setattr(search_module, "analyse_sensitivity", forbidden)
     before = {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
     tracker, watcher = Probe(), Watcher()
@@ -790,13 +838,13 @@ def test_unknown_names_are_one_line(tmp_path: Path, change: dict[str, Any], mess
 def test_a_network_that_rebuilds_to_something_else_is_not_handed_out(
     done: Done, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Evaluator.recovered
+    real = Pipeline.recovered
 
-    def other(self: Evaluator, policy: Policy, *, final: bool = False) -> tuple[nn.Module, tuple[Measurement, ...]]:
+    def other(self: Pipeline, policy: Policy, *, final: bool = False) -> tuple[nn.Module, tuple[Measurement, ...]]:
         model, measured = real(self, policy, final=final)
         return model, tuple(dataclasses.replace(m, accuracy=m.accuracy / 2) for m in measured)
 
-    monkeypatch.setattr(Evaluator, "recovered", other)
+    monkeypatch.setattr(Pipeline, "recovered", other)
     with pytest.raises(
         RunError, match=r"was measured at 0\.\d+, but its network, rebuilt from its seed, at 0\."
     ) as error:

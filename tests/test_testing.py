@@ -225,9 +225,29 @@ class NeedsTwoGroups(Drawing):
             super().run(env, seed=seed)
 
 
+class TakesTheFastest(Drawing):
+    """Proposes what nobody could repeat when several are under way."""
+
+    def points(self, env: PruningEnv, seed: int) -> Callable[[], Sequence[float]]:
+        return (IsRandom() if env.at_once > 1 else super()).points(env, seed)
+
+
+class WaitsForNews(Drawing):
+    """Proposes the same until a result is there."""
+
+    def run(self, env: PruningEnv, *, seed: int) -> None:
+        draw = self.points(env, seed)
+        while True:
+            point = draw()
+            for result in [env.submit(env.space.decode(point)) for _ in range(env.at_once)]:
+                result()
+
+
 @pytest.mark.parametrize(
     ("test", "agent"),
     [
+        ("test_several_may_be_under_way", TakesTheFastest()),
+        ("test_several_may_be_under_way", WaitsForNews()),
         ("test_objectives_are_known", WantsSomething()),
         ("test_policies_are_feasible", IgnoresTheBudget()),
         ("test_policies_are_distinct", RepeatsItself()),

@@ -1,10 +1,13 @@
 """What a policy is worth: slicing, recovery and measurement of candidates, cached and recorded."""
 
 from autoprune.evaluation.candidate import RUNGS, Candidate, Measurement
-from autoprune.evaluation.evaluator import TIME_LIMIT, Arm, Evaluator, Recovery, Workbench
+from autoprune.evaluation.evaluator import TIME_LIMIT, Arm, Evaluator, Result
+from autoprune.evaluation.executor import Executor, InProcess, Runs
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
+from autoprune.evaluation.pipeline import Outcome, Pipeline, Recovery
 from autoprune.evaluation.precision import AGREEMENT, PRECISIONS, Choice, Precision, chosen
+from autoprune.evaluation.workbench import Workbench
 
 __all__ = [
     "AGREEMENT",
@@ -15,10 +18,16 @@ __all__ = [
     "Candidate",
     "Choice",
     "Evaluator",
+    "Executor",
+    "InProcess",
     "Ledger",
     "Measurement",
+    "Outcome",
+    "Pipeline",
     "Precision",
     "Recovery",
+    "Result",
+    "Runs",
     "Samples",
     "Workbench",
     "chosen",

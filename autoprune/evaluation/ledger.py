@@ -1,4 +1,7 @@
-"""The ledger: every candidate on disk before its result is used, one JSON object a line."""
+"""The ledger: every candidate on disk before its result is used, one JSON object a line.
+
+Lines come in the order in which evaluations were done, candidates in that of their numbers.
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """What was evaluated, in order, by policy id.
+    """What was evaluated, by policy id.
 
     A line is written, flushed and synced before `append` returns. A process killed while writing leaves half a line,
     which the next start cuts off: its candidate was not used yet.
@@ -27,6 +30,7 @@ class Ledger:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._candidates: dict[str, Candidate] = {}
+        self._numbers: set[int] = set()
         if path is not None and path.exists():
             self._read(path)
 
@@ -34,11 +38,15 @@ class Ledger:
         return len(self._candidates)
 
     def __iter__(self) -> Iterator[Candidate]:
-        return iter(self._candidates.values())
+        return iter(sorted(self._candidates.values(), key=lambda candidate: candidate.number))
 
     def get(self, policy_id: str) -> Candidate | None:
         """Return the candidate of a policy, if it was evaluated."""
         return self._candidates.get(policy_id)
+
+    def has(self, number: int) -> bool:
+        """Say whether a candidate has this number."""
+        return number in self._numbers
 
     def append(self, candidate: Candidate) -> None:
         """Write a candidate down; when this returns it is on disk."""
@@ -49,7 +57,11 @@ class Ledger:
                 file.write(json.dumps(candidate.to_dict()) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+        self._add(candidate)
+
+    def _add(self, candidate: Candidate) -> None:
         self._candidates[candidate.id] = candidate
+        self._numbers.add(candidate.number)
 
     def _read(self, path: Path) -> None:
         content = path.read_bytes()
@@ -69,4 +81,4 @@ class Ledger:
                     f"line {number} of {path} repeats policy {candidate.id}, as when two processes write one folder; "
                     "move the file away to start anew"
                 )
-            self._candidates[candidate.id] = candidate
+            self._add(candidate)

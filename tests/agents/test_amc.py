@@ -155,7 +155,9 @@ def test_final_rewards_come_less_a_moving_average_and_by_their_spread() -> None:
 def test_warm_starts_come_first_and_as_they_are() -> None:
     env, evaluator = synthetic_env(evaluations=6)
     starts = [env.space.decode([0.1, 0.9, 0.5, 0.2]), env.space.decode([0.9, 0.1, 0.5, 0.2])]
-    warm = PruningEnv(env.feasible, env.space, evaluator, value=lambda c: c.accuracy, evaluations=6, warm_starts=starts)
+    warm = PruningEnv(
+        env.feasible, env.space, evaluator.submit, value=lambda c: c.accuracy, evaluations=6, warm_starts=starts
+    )
     run_agent(AMCAgent(), warm, seed=0)
     assert [candidate.policy for candidate in evaluator.candidates[:2]] == starts
 
@@ -171,7 +173,7 @@ def test_actor_and_critic_learn_at_their_own_rates() -> None:
     env, _ = synthetic_env(evaluations=1)
     with amc._LentGenerators(0).lent():
         learner = AMCAgent(actor_lr=3e-4, critic_lr=2e-3)._learner(env)
-        learner.remember(env.reset()[0], np.zeros(1, np.float32), 1.0, True, env.reset()[0])
+        learner.remember([(env.reset()[0], np.zeros(1, np.float32), env.reset()[0])], 1.0)
         learner.train(1, 4)
     assert learner.actor.optimizer.param_groups[0]["lr"] == 3e-4
     assert learner.critic.optimizer.param_groups[0]["lr"] == 2e-3

@@ -56,7 +56,9 @@ def test_nsga2_leaves_a_front() -> None:
 def test_warm_starts_come_first() -> None:
     env, evaluator = synthetic_env(evaluations=6)
     starts = [env.space.decode([0.1, 0.9, 0.5, 0.2]), env.space.decode([0.9, 0.1, 0.5, 0.2])]
-    warm = PruningEnv(env.feasible, env.space, evaluator, value=lambda c: c.accuracy, evaluations=6, warm_starts=starts)
+    warm = PruningEnv(
+        env.feasible, env.space, evaluator.submit, value=lambda c: c.accuracy, evaluations=6, warm_starts=starts
+    )
     run_agent(TPEAgent(), warm, seed=0)
     assert [candidate.policy for candidate in evaluator.candidates[:2]] == starts
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.cost import CostModel
-from autoprune.evaluation import Evaluator, Ledger, Recovery, Workbench
+from autoprune.evaluation import Evaluator, Ledger, Pipeline, Recovery, Workbench
 from autoprune.finetuning import Recipe, recalibrate, train
 from autoprune.scoring import Evidence, removal_orders
 from autoprune.scoring.l1 import L1
@@ -59,6 +59,6 @@ def make_evaluator() -> Callable[..., Evaluator]:
         recovery = recovery or Recovery(calibration_images=200, finetune_steps=2)
         bench = Workbench(task, structure, removal_orders(scores), recovery.calibration_images, seed)
         costs = CostModel(task.model, task.example_input, structure)
-        return Evaluator(bench, costs, recovery, Ledger() if ledger is None else ledger, seed)
+        return Evaluator(Pipeline(bench, recovery, seed), costs, Ledger() if ledger is None else ledger)
 
     return make

@@ -107,7 +107,7 @@ def test_a_candidate_states_what_was_removed_what_it_costs_and_how_far_it_was_re
     assert [m.fidelity for m in candidate.measurements] == ["reconstructed", "short"]
     assert candidate.failure is None
     assert candidate.seconds > 0
-    built, measurements = evaluator.recovered(candidate.policy)
+    built, measurements = evaluator.pipeline.recovered(candidate.policy)
     assert candidate.cost == count(built, task.example_input).cost
     assert measurements == candidate.measurements
     assert not built.training
@@ -130,7 +130,7 @@ def test_the_rungs_are_what_slicing_recovering_and_training_by_hand_give(
         Refit(bench.model, images, each=50, seed=derive(0, "fitted rows"))(model, change)
     assert bench.measure(model).summary(rung) == candidate.at(rung)
     before = copy.deepcopy(model.state_dict())
-    network, _ = evaluator.recovered(HALF)
+    network, _ = evaluator.pipeline.recovered(HALF)
     assert any(not torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
@@ -215,7 +215,7 @@ def test_a_fine_tuning_that_diverges_is_recorded_and_the_next_goes_on(
     assert math.isnan(failed.accuracy)
     assert failed.cost == evaluator.costs.cost(failed.removed)
     assert [c.failure for c in Ledger(tmp_path / "ledger.jsonl")] == [failed.failure]
-    evaluator.recovery = Recovery(200, 1)
+    evaluator.pipeline.recovery = Recovery(200, 1)
     assert evaluate(evaluator, HALF) is failed  # a ledger is not forgotten
     assert evaluate(evaluator, Policy({"conv1": 0.75})).failure is None
 
@@ -245,7 +245,7 @@ def test_a_residual_network_that_lost_stream_and_inside_is_evaluated(residual_ta
     evaluator = make_evaluator(residual_task)
     assert evaluator.bench.structure.names == ("stem", "conv1")
     candidate = evaluate(evaluator, Policy({"stem": 0.5, "conv1": 0.75}))
-    assert candidate.cost == count(evaluator.recovered(candidate.policy)[0], residual_task.example_input).cost
+    assert candidate.cost == count(evaluator.pipeline.recovered(candidate.policy)[0], residual_task.example_input).cost
 
 
 # --------------------------------------------------------------------------------------------------------------- arms

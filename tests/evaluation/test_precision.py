@@ -16,6 +16,8 @@ from autoprune.evaluation import (
     Candidate,
     Choice,
     Evaluator,
+    Ledger,
+    Pipeline,
     Precision,
     Recovery,
     Workbench,
@@ -239,9 +241,9 @@ class TestRunning:
 
     def test_weights_are_trained_in_float32(self, task: Task, make_evaluator: Callable[..., Evaluator]):
         evaluator = make_evaluator(task, Recovery(200, 3, Recipe(lr=0.05)))
-        exact, _ = evaluator.recovered(Policy({}))
+        exact, _ = evaluator.pipeline.recovered(Policy({}))
         evaluator.bench.choice = Choice(LAST, HALF)
-        rounded, _ = evaluator.recovered(Policy({}))
+        rounded, _ = evaluator.pipeline.recovered(Policy({}))
         pairs = list(zip(exact.parameters(), rounded.parameters(), strict=True))
         assert all(b.dtype == torch.float32 for _, b in pairs)
         assert any(not torch.equal(a, b) for a, b in pairs)
@@ -250,7 +252,7 @@ class TestRunning:
     def test_the_numbers_of_the_picked_network_are_float32(self, task: Task, make_evaluator: Callable[..., Evaluator]):
         plain = make_evaluator(task).bench
         bench = Workbench(task, plain.structure, plain.orders, 200, 0, precision="bfloat16")
-        evaluator = Evaluator(bench, make_evaluator(task).costs, Recovery(200, 0), make_evaluator(task).ledger, 0)
+        evaluator = Evaluator(Pipeline(bench, Recovery(200, 0), 0), make_evaluator(task).costs, Ledger())
         policy = plain.structure.policy({group.name: group.size // 2 for group in plain.structure})
         candidate = evaluator.evaluate(policy, arm="search", agent="tpe")
         picked = rebuild(evaluator, candidate, "the only one")
@@ -263,7 +265,7 @@ class TestRunning:
     ):
         made = make_evaluator(task)
         bench = Workbench(task, made.bench.structure, made.bench.orders, 200, 0, precision="bfloat16")
-        evaluator = Evaluator(bench, made.costs, Recovery(200, 0), made.ledger, 0)
+        evaluator = Evaluator(Pipeline(bench, Recovery(200, 0), 0), made.costs, made.ledger)
         policy = bench.structure.policy({group.name: group.size // 2 for group in bench.structure})
         candidate = evaluator.evaluate(policy, arm="search", agent="tpe")
 

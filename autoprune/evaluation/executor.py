@@ -1,0 +1,95 @@
+"""Where evaluations run: the protocol, and the plain way, here and one after another. Nothing here records."""
+
+from collections import deque
+from typing import Protocol, final
+
+import torch
+
+from autoprune.errors import ConfigError
+from autoprune.evaluation.pipeline import Outcome
+from autoprune.policy import Policy
+
+__all__ = ["Executor", "InProcess", "Runs"]
+
+
+class Runs(Protocol):
+    """What executors need of a pipeline; it must pickle where they have other processes."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    def __call__(self, policy: Policy) -> Outcome:
+        """Return what comes of a policy, the same wherever it runs."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs a pipeline on policies; which of those under way is done first does not matter to a search.
+
+    `autoprune.testing.ExecutorContract` checks an executor.
+
+    Attributes:
+        at_once: Policies that may be under way. A search depends on it: it is how many policies an agent proposes
+            before it knows what became of the first. One that goes on sets it to what it began with.
+    """
+
+    at_once: int
+
+    def start(self, pipeline: Runs) -> None:
+        """Make ready to run a pipeline; called before anything is submitted, and again after `close`."""
+        ...
+
+    def submit(self, policy: Policy) -> None:
+        """Begin with a policy; no policy is submitted again while it is under way."""
+        ...
+
+    def finished(self) -> Outcome:
+        """Wait until one of the policies under way is done, and return what came of it, once.
+
+        What the pipeline raises is raised here. A worker that is lost is not an error: its policy runs elsewhere.
+        """
+        ...
+
+    def close(self) -> None:
+        """Drop what is under way and let go of all resources; may be called at any time, and twice."""
+        ...
+
+
+@final
+class InProcess:
+    """Runs policies in this process, one after another; see `Executor`.
+
+    Args:
+        at_once: Policies that may be under way, all but one of which wait. More than 1 repeats here a search that had
+            workers.
+
+    Raises:
+        ConfigError: `at_once` is below 1.
+    """
+
+    def __init__(self, at_once: int = 1) -> None:
+        if at_once < 1:
+            raise ConfigError(f"`at_once >= 1` must hold, but got at_once={at_once}")
+        self.at_once = at_once
+        self._pipeline: Runs | None = None
+        self._waiting: deque[Policy] = deque()
+
+    def start(self, pipeline: Runs) -> None:
+        """Take the pipeline."""
+        self._pipeline = pipeline
+
+    def submit(self, policy: Policy) -> None:
+        """Put a policy in line."""
+        self._waiting.append(policy)
+
+    def finished(self) -> Outcome:
+        """Run the policy that waits longest."""
+        if self._pipeline is None:
+            raise RuntimeError("the executor was not started")
+        return self._pipeline(self._waiting.popleft())
+
+    def close(self) -> None:
+        """Forget what waits."""
+        self._waiting.clear()

@@ -1,0 +1,147 @@
+"""The pipeline: what happens to a policy between being proposed and being known. Nothing here counts or records.
+
+Slice, recover, measure. What comes out depends on the policy and the seed alone, so it may run anywhere, any number of
+times: a pipeline can be pickled, and is as good elsewhere.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import nn
+
+from autoprune.errors import DivergedError
+from autoprune.evaluation.candidate import Measurement
+from autoprune.evaluation.workbench import Workbench
+from autoprune.finetuning import Recipe, train
+from autoprune.policy import Policy
+from autoprune.seeds import derive
+from autoprune.threads import suited_threads
+
+__all__ = ["Outcome", "Pipeline", "Recovery"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """How far a candidate's weights are recovered before it is measured.
+
+    Attributes:
+        calibration_images: Augmented training images for the batch-norm statistics.
+        finetune_steps: Gradient steps of short fine-tuning; 0 stops at the first rung.
+        recipe: Of the fine-tuning.
+    """
+
+    calibration_images: int = 2000
+    finetune_steps: int = 0
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a policy.
+
+    Attributes:
+        id: The policy's id.
+        measurements: One a rung, least recovered first; empty if it failed.
+        seconds: Time that it took where it ran.
+        failure: Why it failed, or None.
+    """
+
+    id: str
+    measurements: tuple[Measurement, ...]
+    seconds: float
+    failure: str | None = None
+
+
+class Pipeline:
+    """Turns policies into networks and what these measure.
+
+    Args:
+        bench: The network and its data.
+        recovery: How far weights are recovered.
+        seed: Of fine-tuning.
+    """
+
+    def __init__(self, bench: Workbench, recovery: Recovery, seed: int) -> None:
+        self.bench = bench
+        self.recovery = recovery
+        self.seed = seed
+
+    @property
+    def device(self) -> torch.device:
+        """The network's."""
+        return self.bench.device
+
+    def __call__(self, policy: Policy) -> Outcome:
+        """Return what comes of a policy; one that diverges has failed, which is an outcome too."""
+        started = time.perf_counter()
+        failure = None
+        measurements: tuple[Measurement, ...] = ()
+        try:
+            _, measurements = self.recovered(policy)
+        except DivergedError as error:
+            failure = str(error)
+        if failure is None and not all(math.isfinite(m.loss) for m in measurements):
+            failure = f"the validation loss is {measurements[-1].loss}"
+        seconds = round(time.perf_counter() - started, 4)
+        return Outcome(policy.id, measurements if failure is None else (), seconds, failure)
+
+    def recovered(self, policy: Policy, *, final: bool = False) -> tuple[nn.Module, tuple[Measurement, ...]]:
+        """Build a policy's network and recover its weights, always to the same result.
+
+        Args:
+            policy: Which network.
+            final: Whether to measure it once only, when it is done, and in float32.
+
+        Returns:
+            The network, in eval mode, and what it measured, at every rung.
+
+        Raises:
+            DivergedError: The loss is not finite while fine-tuning.
+        """
+        bench, steps = self.bench, self.recovery.finetune_steps
+        removed = bench.structure.removed(policy)
+        model, rung = bench.recovered(removed), bench.rung
+        measurements: list[Measurement] = []
+        if steps > 0:
+            measurements += [] if final else [bench.measure(model).summary(rung)]
+            if not all(math.isfinite(m.loss) for m in measurements):
+                return model, tuple(measurements)
+            self.train(model, steps, self.recovery.recipe, derive(self.seed, "fine-tuning", policy.id), removed)
+            rung = "short"
+        measurements.append(bench.measure(model, bench.precision.full if final else None).summary(rung))
+        return model, tuple(measurements)
+
+    def train(
+        self,
+        model: nn.Module,
+        steps: int,
+        recipe: Recipe,
+        seed: int,
+        removed: Mapping[str, int],
+        progress: Callable[[int, float], None] | None = None,
+    ) -> None:
+        """Fine-tune a network in place on the task's augmented training stream (see `autoprune.finetuning.train`).
+
+        Weights that the counts `removed` keep at zero stay there.
+        """
+        task = self.bench.task
+        patterns = [(group, group.pattern) for group in self.bench.structure if group.pattern is not None]
+        zeroed = [pattern.tensor for group, pattern in patterns if removed.get(group.name)]
+        zeroed = [name for name in zeroed if name in dict(model.named_parameters())]
+        batches = self.bench.placed(task.train_batches(recipe.batch_size, seed))
+        with suited_threads(self.bench.macs):
+            train(
+                model,
+                batches,
+                steps,
+                recipe=recipe,
+                loss=task.loss,
+                seed=seed,
+                zeroed=zeroed,
+                running=partial(self.bench.choice.training.running, self.bench.device),
+                progress=progress,
+            )

@@ -1,0 +1,249 @@
+"""Evaluations on the processes of a Ray cluster, of this machine or of many. The one file that imports ray.
+
+A worker is an actor that holds the pipeline, which is put once into the object store. One that dies, with its machine
+or alone, is replaced by another, wherever there is room, and its policy is run again by whoever is free.
+"""
+
+import logging
+import os
+import signal
+import sys
+import sysconfig
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final, final
+
+import ray
+import torch
+from ray.cloudpickle import register_pickle_by_value
+from ray.exceptions import RayError, RayTaskError
+
+from autoprune.errors import ConfigError, ExecutorError
+from autoprune.evaluation.executor import Runs
+from autoprune.evaluation.pipeline import Outcome
+from autoprune.policy import Policy
+
+__all__ = ["RayExecutor"]
+
+_ATTEMPTS: Final = 3  # workers that a policy may cost before it has failed
+_FAILED_STARTS: Final = 3  # in a row
+_ROOM: Final = 2  # policies under way for every worker, so that none waits while results are taken in order
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    worker: Any
+    policy: Policy
+
+
+@final
+class RayExecutor:
+    """Runs policies on Ray workers; see `Executor`.
+
+    Args:
+        workers: How many.
+        address: Of a running cluster, as in `ray.init`: "auto", or HOST:PORT. Without it, one is started on this
+            machine, and stopped afterwards. Machines of a cluster need autoprune installed.
+        cpus: Cores, and threads, of a worker. None: an equal share of this machine's where the cluster is started here,
+            else 1.
+        gpus: Of a worker; may be a fraction. None: 1 if the network is on a GPU, else 0.
+        patience: Seconds to wait for a first worker.
+
+    Attributes:
+        at_once: Twice as many policies as workers.
+        lost: Workers that died so far.
+
+    Raises:
+        ConfigError: A number is not positive.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        *,
+        address: str | None = None,
+        cpus: int | None = None,
+        gpus: float | None = None,
+        patience: float = 600.0,
+    ) -> None:
+        for name, value, least in (("workers", workers, 1), ("cpus", cpus, 1), ("gpus", gpus, 0)):
+            if value is not None and value < least:
+                raise ConfigError(f"`{name} >= {least}` must hold, but got {name}={value}")
+        self.workers = workers
+        self.at_once = _ROOM * workers
+        self.lost = 0
+        self._address, self._cpus, self._gpus, self._patience = address, cpus, gpus, patience
+        self._owns_cluster = False
+        self._pipeline: Any = None
+        self._options: dict[str, Any] = {}
+        self._threads = 1
+        self._starting: dict[Any, Any] = {}  # what tells that a worker is up → the worker
+        self._failed_starts = 0
+        self._idle: list[Any] = []
+        self._running: dict[Any, _Run] = {}
+        self._waiting: deque[Policy] = deque()
+        self._attempts = Counter[str]()
+
+    def start(self, pipeline: Runs) -> None:
+        """Connect to the cluster, or start one, and begin to start workers.
+
+        Raises:
+            ExecutorError: There is no cluster at the address.
+        """
+        threads = self._cpus or (1 if self._address else max(1, torch.get_num_threads() // self.workers))
+        if not ray.is_initialized():
+            self._connect(threads)
+        on_gpu = pipeline.device.type == "cuda"
+        self._threads = threads
+        self._options = {"num_cpus": threads, "num_gpus": float(on_gpu) if self._gpus is None else self._gpus}
+        for module in _users_modules():
+            register_pickle_by_value(module)
+        self._pipeline = ray.put(pipeline)
+        for _ in range(self.workers):
+            self._launch()
+
+    def submit(self, policy: Policy) -> None:
+        """Hand a policy to a worker, or put it in line."""
+        self._waiting.append(policy)
+        self._dispatch()
+
+    def finished(self) -> Outcome:
+        """Wait for one of the policies under way.
+
+        Raises:
+            ExecutorError: No worker comes up.
+        """
+        while True:
+            self._dispatch()
+            if not self._running and not self._starting:
+                raise RuntimeError("nothing is under way")
+            wait_for = None if self._running else self._patience
+            ready, _ = ray.wait([*self._running, *self._starting], num_returns=1, timeout=wait_for)
+            if not ready:
+                raise ExecutorError(
+                    f"no worker came up within {self._patience:.0f} s; does the cluster have machines with "
+                    f"{self._options['num_cpus']} cores and {self._options['num_gpus']:g} GPUs free?"
+                )
+            if ready[0] in self._starting:
+                self._welcome(ready[0])
+            elif (outcome := self._take(ready[0])) is not None:
+                return outcome
+
+    def close(self) -> None:
+        """Stop the workers, and the cluster if it was started here."""
+        if ray.is_initialized():
+            for worker in [*self._idle, *self._starting.values(), *(run.worker for run in self._running.values())]:
+                ray.kill(worker)
+            if self._owns_cluster:
+                ray.shutdown()
+        self._owns_cluster = False
+        self._pipeline = None
+        for kept in (self._idle, self._starting, self._running, self._waiting, self._attempts):
+            kept.clear()
+
+    # -- workers --------------------------------------------------------------------------------------------------
+
+    def _connect(self, threads: int) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a search tells nobody of itself
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        local: dict[str, Any] = {}
+        if not self._address:
+            local = {"num_cpus": self.workers * threads, "include_dashboard": False}
+        try:
+            with _signals_kept():
+                ray.init(self._address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+        except ConnectionError as error:
+            raise ExecutorError(f"there is no Ray cluster at {self._address}: {error}") from error
+        self._owns_cluster = True
+
+    def _launch(self) -> None:
+        worker = _ACTOR.options(**self._options).remote(self._pipeline, self._threads)
+        self._starting[worker.ready.remote()] = worker
+
+    def _welcome(self, ready: Any) -> None:
+        """Take in a worker that is up, or start another for one that failed to come up."""
+        worker = self._starting.pop(ready)
+        try:
+            ray.get(ready)
+        except RayTaskError:
+            raise
+        except RayError as error:
+            self._failed_starts += 1
+            if self._failed_starts >= _FAILED_STARTS:
+                raise ExecutorError(f"{self._failed_starts} workers in a row failed to start: {error}") from error
+            self._launch()
+            return
+        self._failed_starts = 0
+        self._idle.append(worker)
+
+    def _dispatch(self) -> None:
+        while self._waiting and self._idle:
+            worker, policy = self._idle.pop(), self._waiting.popleft()
+            self._running[worker.run.remote(policy)] = _Run(worker, policy)
+
+    def _take(self, ready: Any) -> Outcome | None:
+        """Return what a worker made of its policy; None where it died and the policy is in line again."""
+        run = self._running.pop(ready)
+        try:
+            outcome: Outcome = ray.get(ready)
+        except RayTaskError:  # what the pipeline raised
+            self._idle.append(run.worker)
+            raise
+        except RayError as error:
+            self.lost += 1
+            ray.kill(run.worker)
+            self._launch()
+            self._attempts[run.policy.id] += 1
+            if self._attempts[run.policy.id] < _ATTEMPTS:
+                self._waiting.appendleft(run.policy)
+                return None
+            return Outcome(run.policy.id, (), 0.0, f"{_ATTEMPTS} workers died of it: {type(error).__name__}")
+        self._idle.append(run.worker)
+        return outcome
+
+
+class _Worker:
+    """Holds a pipeline in a process of its own."""
+
+    def __init__(self, pipeline: Runs, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._pipeline = pipeline
+
+    def ready(self) -> None:
+        """Return when the pipeline is there."""
+
+    def run(self, policy: Policy) -> Outcome:
+        """Run the pipeline."""
+        return self._pipeline(policy)
+
+
+_ACTOR: Final[Any] = ray.remote(max_restarts=0, max_task_retries=0)(_Worker)
+
+
+def _users_modules() -> Iterator[ModuleType]:
+    """Yield the modules that are not installed, which other machines could not import: they travel as they are."""
+    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    for name, module in tuple(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file or name == "__main__" or name.partition(".")[0] == "autoprune":
+            continue
+        if installed.isdisjoint(Path(file).resolve().parents):
+            yield module
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Put the handler of SIGTERM back, which `ray.init` replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

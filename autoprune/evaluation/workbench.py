@@ -1,0 +1,248 @@
+"""The workbench: a network made ready for slicing and measuring, on one device, with its data beside it."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from autoprune.cost import count
+from autoprune.data import Batch
+from autoprune.evaluation.candidate import Measurement
+from autoprune.evaluation.measure import Samples, measure
+from autoprune.evaluation.precision import Choice, Precision, chosen, until
+from autoprune.evaluation.prefix import CutPoint, Prefix
+from autoprune.finetuning import Refit, recalibrate
+from autoprune.scoring import Orders
+from autoprune.seeds import derive
+from autoprune.structure import Cut, Removal, Structure, Weakest, cut, plan
+from autoprune.task import Task
+from autoprune.threads import suited_threads
+
+__all__ = ["Workbench"]
+
+_IN_MEMORY = 2 << 30  # bytes of validation inputs that are kept ready; a larger split is read for each measurement
+_FITTED_MEMORY = 1 << 30  # bytes of activations while layers are fitted, which takes all images at once
+_MOST_FITTED, _FEWEST_FITTED = 500, 32  # images
+_FITTED_EACH, _FITTED_ROWS = 20, 10_000  # output positions of an image, of all images
+_CACHED = 16 << 20  # bytes of activations of a batch that is measured: what the caches of a processor hold
+_COMPARED = 1000  # samples on which recalibration of the dense network is looked at
+_NUMBER = 4  # bytes of an activation, at most
+_SAMPLES = 3  # on which cut points are verified
+
+
+class Workbench:
+    """A network made ready for slicing and measuring: on one device, in one layout, with its data beside it.
+
+    Args:
+        task: What the user brought; its network is copied.
+        structure: The network's groups.
+        orders: Group name → elements, least important first (see `autoprune.scoring.removal_orders`).
+        calibration_images: How many augmented training images batch-norm statistics are made from.
+        seed: Of the calibration images.
+        rung: How candidates are recovered first: "recalibrated" or "reconstructed".
+        precision: What candidates are trained and measured in: "float32" (channels-last for images), "bfloat16", "auto"
+            (the fastest that agrees, see `autoprune.evaluation.precision`; small networks stay in float32), or what was
+            chosen before.
+        activations_memory: Bytes of the dense network's activations that may be kept for probes.
+
+    Attributes:
+        device: The network's.
+        choice: What candidates are measured and trained in, and what it was chosen from.
+        precision: What they are measured in.
+        model: The dense network, in eval mode.
+        executed: For every probe, the share of the dense network's multiply-adds that ran.
+        macs: Its multiply-adds for one sample, which decide how many threads work (see `autoprune.threads`).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        structure: Structure,
+        orders: Orders,
+        calibration_images: int,
+        seed: int,
+        rung: str = "reconstructed",
+        precision: str | Choice = "float32",
+        activations_memory: int = 2 << 30,
+    ) -> None:
+        self.task = task
+        self.structure = structure
+        self.orders = orders
+        self.rung = rung
+        self.model = task.fresh_model().eval()
+        counted = count(self.model, task.example_input)
+        dense, self._macs_of = counted.cost, counted.macs_of
+        self.macs = dense.macs
+        self.activations_memory = activations_memory
+        self._calibration_images, self._given_seed = calibration_images, seed
+        self.executed: list[float] = []
+        self._kept: tuple[CutPoint, torch.Tensor, Sequence[torch.Tensor]] | None = None
+        self._at_once = max(_FEWEST_FITTED, min(_MOST_FITTED, _FITTED_MEMORY // max(1, dense.activations)))
+        self._seed = derive(seed, "fitted rows")
+        self.device = next(iter(self.model.parameters())).device
+        self.choice = precision if isinstance(precision, Choice) else chosen(task, self.model, dense, precision)
+        self.precision = self.choice.precision
+        if task.example_input.dim() == 4:
+            layout = torch.channels_last if self.precision.channels_last else torch.contiguous_format
+            self.model.to(memory_format=layout)
+        self._calibration = list(
+            self.placed(task.calibration_batches(calibration_images, 250, derive(seed, "calibration")))
+        )
+        size = task.n_val * task.example_input.numel() * task.example_input.element_size()
+        on_cpu = self.device.type == "cpu"
+        self._batch = max(32, min(500, _CACHED // max(1, dense.activations))) if on_cpu else 500
+        self._val = list(self.placed(task.val_batches(self._batch))) if size <= _IN_MEMORY else None
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        """Pickle what the workbench is made from, without the test split; whoever unpickles it makes the rest again."""
+        task = self.task.without_test()
+        given = (task, self.structure, self.orders, self._calibration_images, self._given_seed)
+        return type(self), (*given, self.rung, self.choice, self.activations_memory)
+
+    def placed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches on the network's device, in its memory layout."""
+        return self.precision.placed(batches, self.device)
+
+    @property
+    def calibration(self) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """The calibration batches, ready."""
+        return self._calibration
+
+    def recovered(self, removed: Mapping[str, int]) -> nn.Module:
+        """Return the network without the least important elements, so many of every group, recovered to `rung`."""
+        change = self.change(removed)
+        model = cut(self.model, change)
+        self.recover(model, change)
+        return model
+
+    def change(self, removed: Mapping[str, int]) -> Cut:
+        """Return what goes with the least important elements, so many of every group."""
+        removals: dict[str, Removal] = {}
+        for name, number in removed.items():
+            order = self.orders[name]
+            weighs = self.structure[name].pattern is not None
+            removals[name] = Weakest(number, torch.as_tensor(order)) if weighs else order[:number]
+        return plan(self.model, self.structure, removals)
+
+    @cached_property
+    def _refit(self) -> Refit:
+        images = self._fitting
+        return Refit(self.model, images, each=max(_FITTED_EACH, _FITTED_ROWS // len(images)), seed=self._seed)
+
+    @cached_property
+    def _fitting(self) -> torch.Tensor:
+        """The images that layers are fitted on."""
+        enough = -(-self._at_once // max(1, len(self._calibration[0][0])))
+        images = torch.cat([inputs for inputs, _ in self._calibration[:enough]])[: self._at_once]
+        return self.precision.place(images, self.device)
+
+    def recover(self, model: nn.Module, change: Cut) -> None:
+        """Recover a sliced network without a gradient, in place, as far as `rung` says.
+
+        Args:
+            model: What `cut` made of the dense network.
+            change: The cut.
+        """
+        with suited_threads(self.macs):
+            if self.rung == "recalibrated":
+                recalibrate(model, self._calibration, self._running)
+            else:
+                self._refit(model, change)
+
+    def _running(self) -> AbstractContextManager[Any]:
+        return self.precision.running(self.device)
+
+    def measure(self, model: nn.Module, precision: Precision | None = None) -> Samples:
+        """Measure a network on the validation split.
+
+        Args:
+            model: The network.
+            precision: By default the one that candidates are measured in.
+        """
+        batches = self.placed(self.task.val_batches()) if self._val is None else self._val
+        with suited_threads(self.macs):
+            return measure(model, batches, self.task.metric, self.task.loss, precision or self.precision)
+
+    def probe(self, removed: Mapping[str, int]) -> Samples:
+        """Measure the network without some elements, recovered to `rung`; what runs before them is not run again.
+
+        The same as `measure(recovered(removed))`, in less time, most of all where probes come in the order of the
+        network (see `begins`): one cut point's outputs are kept.
+        """
+        change = self.change(removed)
+        point = None if self.rung == "recalibrated" or self._val is None else self._prefix.point(change)
+        needed = 0 if point is None else 2 * point.size * (self.task.n_val + self._at_once) * _NUMBER  # old and new
+        if point is None or needed > self.activations_memory:
+            self.executed.append(1.0)
+            return self.measure(self.recovered(removed))
+        fitted, measured = self._outputs(point)
+        model = cut(self.model, change)
+        with suited_threads(self.macs), self._prefix.skipped(model, point) as handed:
+            handed.give(fitted, len(self._fitting))
+            self._refit(model, change)
+
+            def handing() -> Iterator[Batch]:
+                for (inputs, targets), outputs in zip(self._val or (), measured, strict=True):
+                    handed.give(outputs, len(inputs))
+                    yield inputs, targets
+
+            self.executed.append(self._left(point))
+            return measure(model, handing(), self.task.metric, self.task.loss, self.precision)
+
+    def forget(self) -> None:
+        """Drop the activations that are kept for probes."""
+        self._kept = None
+
+    @property
+    def work(self) -> str:
+        """What was spared in probes, in words; empty where nothing was."""
+        share = sum(self.executed) / len(self.executed) if self.executed else 1.0
+        spared = f"{share:.0%} of the multiply-adds of as many whole passes"
+        return f"{len(self.executed)} cells took {spared}: what runs before a group was kept" if share < 1 else ""
+
+    def begins(self, removed: Mapping[str, int]) -> int:
+        """Return when the first module that loses elements begins to run, in the order of modules."""
+        return self._prefix.begins(self.change(removed))
+
+    @cached_property
+    def _prefix(self) -> Prefix:
+        return Prefix(self.model, self._fitting[:_SAMPLES])
+
+    def _outputs(self, point: CutPoint) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Return a cut point's outputs: of what layers are fitted on, and of the validation batches."""
+        if self._kept is None or self._kept[0] != point:
+            there = self._kept
+            earlier = there if there is not None and there[0].end < point.end else None
+            inputs = [batch for batch, _ in self._val or ()]
+            with suited_threads(self.macs):
+                before = (None, None) if earlier is None else ((earlier[0], [earlier[1]]), (earlier[0], earlier[2]))
+                (fitted,) = self._prefix.outputs(point, [self._fitting], nullcontext, before[0])
+                self._kept = (point, fitted, self._prefix.outputs(point, inputs, self._running, before[1]))
+        return self._kept[1:]
+
+    def _left(self, point: CutPoint) -> float:
+        """Return the share of the dense network's multiply-adds that come after a cut point."""
+        inside = tuple(f"{name}." for name in point.skipped)
+        saved = sum(macs for weight, macs in self._macs_of.items() if weight.startswith(inside))
+        return 1 - saved / max(1, self.macs)
+
+    def recalibrating(self) -> tuple[Measurement, Measurement]:
+        """Return what the dense network does as it is, and with batch-norm statistics of the calibration images.
+
+        On some of both, enough to see whether those images are unlike what the network was trained on.
+        """
+        model = cut(self.model, Cut())
+        batches = self.placed(self.task.val_batches(self._batch)) if self._val is None else self._val
+        some, images = list(until(batches, _COMPARED)), list(until(self._calibration, _COMPARED))
+        with suited_threads(self.macs):
+            recalibrate(model, images, self._running)
+            found = [measure(m, some, self.task.metric, self.task.loss, self.precision) for m in (self.model, model)]
+        return found[0].summary("dense"), found[1].summary("recalibrated")
+
+    @cached_property
+    def dense(self) -> Samples:
+        """What the dense network does on the validation split."""
+        return self.measure(self.model)

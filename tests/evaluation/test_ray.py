@@ -1,0 +1,187 @@
+"""Ray workers: what comes back is what comes of a policy here, and a worker that dies costs nothing but time."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoprune.errors import ConfigError, ExecutorError
+from autoprune.evaluation import Candidate, Evaluator, Executor, InProcess, Outcome, Recovery
+from autoprune.policy import Policy
+from autoprune.task import Task
+from autoprune.testing import ExecutorContract, SyntheticPipeline
+
+ray = pytest.importorskip("ray")
+from autoprune.evaluation.ray import RayExecutor  # noqa: E402 - it needs ray
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """One for all tests: it takes seconds to start."""
+    executor = RayExecutor(3)
+    executor._connect(1)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def executor() -> Iterator[RayExecutor]:
+    made = RayExecutor(2)
+    yield made
+    made.close()
+
+
+class TestRay(ExecutorContract):
+    @pytest.fixture
+    def executor(self) -> Iterator[Executor]:
+        made = RayExecutor(2)
+        yield made
+        made.close()
+
+
+class Deadly:
+    """Kills its process at some policies: so often each, counted in files."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, deaths: dict[str, int]) -> None:
+        self.folder, self.deaths = folder, deaths
+
+    def __call__(self, policy: Policy) -> Outcome:
+        (self.folder / f"{policy.id}.{time.monotonic_ns()}").touch()
+        if len(list(self.folder.glob(f"{policy.id}.*"))) <= self.deaths.get(policy.id, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return SyntheticPipeline()(policy)
+
+
+def policies(count: int) -> list[Policy]:
+    return [Policy({"a": number / 100}) for number in range(count)]
+
+
+def test_a_worker_that_dies_costs_its_policy_another_try(executor: RayExecutor, tmp_path: Path) -> None:
+    chosen = policies(4)
+    executor.start(Deadly(tmp_path, {chosen[1].id: 1, chosen[2].id: 2}))
+    for policy in chosen:
+        executor.submit(policy)
+    outcomes = {outcome.id: outcome for outcome in (executor.finished() for _ in chosen)}
+    assert outcomes == {policy.id: SyntheticPipeline()(policy) for policy in chosen}
+    assert executor.lost == 3
+    tries = [len(list(tmp_path.glob(f"{policy.id}.*"))) for policy in chosen]
+    assert tries == [1, 2, 3, 1]
+
+
+def test_a_policy_that_kills_every_worker_has_failed(executor: RayExecutor, tmp_path: Path) -> None:
+    deadly, harmless = policies(2)
+    executor.start(Deadly(tmp_path, {deadly.id: 100}))
+    executor.submit(deadly)
+    outcome = executor.finished()
+    assert outcome.failure == "3 workers died of it: ActorDiedError"
+    assert not outcome.measurements
+    executor.submit(harmless)
+    assert executor.finished().failure is None
+
+
+def test_workers_are_replaced_while_nobody_looks(executor: RayExecutor) -> None:
+    executor.start(Slow())
+    for policy in policies(2):
+        executor.submit(policy)
+    pids = {executor.finished().failure for _ in range(2)}
+    for pid in pids:
+        os.kill(int(str(pid)), signal.SIGKILL)
+    for policy in policies(4)[2:]:
+        executor.submit(policy)
+    assert not pids & {executor.finished().failure for _ in range(2)}
+    assert executor.lost == len(pids)
+
+
+class Slow:
+    """Says which process it runs in."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, policy: Policy) -> Outcome:
+        time.sleep(0.3)
+        return Outcome(policy.id, (), 0.0, str(os.getpid()))
+
+
+def test_the_threads_are_shared(executor: RayExecutor) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        executor.start(Threads())
+    finally:
+        torch.set_num_threads(before)
+    executor.submit(policies(1)[0])
+    assert executor.finished().failure == "1"
+
+
+class Threads:
+    """Says how many threads it has."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, policy: Policy) -> Outcome:
+        return Outcome(policy.id, (), 0.0, str(torch.get_num_threads()))
+
+
+def test_a_pipeline_that_cannot_be_made_is_an_error(executor: RayExecutor) -> None:
+    executor.start(Unmakeable())
+    executor.submit(policies(1)[0])
+    with pytest.raises((ExecutorError, RuntimeError), match="not here"):
+        executor.finished()
+
+
+def _raise() -> None:
+    raise RuntimeError("not here")
+
+
+class Unmakeable:
+    """Can be sent, not received."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, policy: Policy) -> Outcome:
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _raise, ()
+
+
+def test_workers_that_find_no_room_are_an_error() -> None:
+    executor = RayExecutor(1, cpus=1000, patience=1.0)
+    executor.start(SyntheticPipeline())
+    executor.submit(policies(1)[0])
+    with pytest.raises(
+        ExecutorError, match="no worker came up within 1 s; does the cluster have machines with 1000 co"
+    ):
+        executor.finished()
+    executor.close()
+
+
+def test_useless_settings_are_refused() -> None:
+    for settings in ({"workers": 0}, {"workers": 1, "cpus": 0}, {"workers": 1, "gpus": -1}):
+        with pytest.raises(ConfigError, match="must hold, but got"):
+            RayExecutor(**settings)  # type: ignore[arg-type]  # one is a number of another kind
+
+
+def timeless(candidate: Candidate) -> dict[str, object]:
+    return candidate.to_dict() | {"seconds": 0.0}
+
+
+def test_candidates_are_those_of_one_process(
+    executor: RayExecutor, task: Task, make_evaluator: Callable[..., Evaluator]
+) -> None:
+    plain = make_evaluator(task, Recovery(50, 3))
+    workers = Evaluator(plain.pipeline, plain.costs, make_evaluator(task).ledger, executor)
+    chosen = [Policy({"conv1": number / 8, "conv2": 0.25}) for number in range(6)]
+    results = [workers.submit(policy, arm="search", agent="tpe") for policy in chosen]
+    expected = [plain.evaluate(policy, arm="search", agent="tpe") for policy in chosen]
+    assert [timeless(result()) for result in results] == [timeless(candidate) for candidate in expected]
+    workers.close()
+    assert isinstance(workers.executor, InProcess)
