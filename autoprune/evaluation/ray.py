@@ -30,7 +30,7 @@ from autoprune.policy import Policy
 
 __all__ = ["RayExecutor"]
 
-_ATTEMPTS: Final = 3  # workers that a policy may cost before it has failed
+_ATTEMPTS: Final = 5  # workers that a policy may cost before it has failed
 _FAILED_STARTS: Final = 3  # in a row
 _ROOM: Final = 2  # policies under way for every worker, so that none waits while results are taken in order
 

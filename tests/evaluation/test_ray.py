@@ -1,7 +1,9 @@
 """Ray workers: what comes back is what comes of a policy here, and a worker that dies costs nothing but time."""
 
 import os
+import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from autoprune.environment import PruningEnv
 from autoprune.errors import ConfigError, ExecutorError
-from autoprune.evaluation import Candidate, Evaluator, Executor, InProcess, Outcome, Recovery
+from autoprune.evaluation import Arm, Candidate, Evaluator, Executor, InProcess, Ledger, Outcome, Pipeline, Recovery
 from autoprune.policy import Policy
+from autoprune.search_spaces.per_group import PerGroup
 from autoprune.task import Task
-from autoprune.testing import ExecutorContract, SyntheticPipeline
+from autoprune.testing import ExecutorContract, SyntheticPipeline, run_agent
 
 ray = pytest.importorskip("ray")
 from autoprune.evaluation.ray import RayExecutor  # noqa: E402 - it needs ray
@@ -81,7 +85,7 @@ def test_a_policy_that_kills_every_worker_has_failed(executor: RayExecutor, tmp_
     executor.start(Deadly(tmp_path, {deadly.id: 100}))
     executor.submit(deadly)
     outcome = executor.finished()
-    assert outcome.failure == "3 workers died of it: ActorDiedError"
+    assert outcome.failure == "5 workers died of it: ActorDiedError"
     assert not outcome.measurements
     executor.submit(harmless)
     assert executor.finished().failure is None
@@ -185,3 +189,63 @@ def test_candidates_are_those_of_one_process(
     assert [timeless(result()) for result in results] == [timeless(candidate) for candidate in expected]
     workers.close()
     assert isinstance(workers.executor, InProcess)
+
+
+class Slowly(Pipeline):
+    """Takes long enough to be killed."""
+
+    def __call__(self, policy: Policy) -> Outcome:
+        time.sleep(1.0)
+        return super().__call__(policy)
+
+
+@pytest.mark.torture
+def test_workers_killed_at_random_during_a_search_cost_it_nothing(
+    task: Task, make_evaluator: Callable[..., Evaluator]
+) -> None:
+    """Nothing is lost and nothing counted twice: the ledger is that of one process."""
+    from autoprune.agents.optuna import TPEAgent
+    from autoprune.cost import Budget, FeasibleSet
+
+    plain = make_evaluator(task, Recovery(200, 20))
+    slowly = Slowly(plain.bench, plain.pipeline.recovery, plain.pipeline.seed)
+    structure = plain.bench.structure
+    feasible = FeasibleSet.build(structure, plain.costs, Budget.parse("macs<=60%"), {}, 0.9)
+
+    def searched(executor: Executor) -> list[dict[str, object]]:
+        evaluator = Evaluator(slowly, plain.costs, Ledger(), executor)
+        arm = Arm(evaluator, "search", "tpe", 24)
+        space = PerGroup(feasible, spend=(1.0, 1.0))
+        env = PruningEnv(feasible, space, arm.submit, value=lambda c: c.accuracy, evaluations=24, at_once=4)
+        run_agent(TPEAgent(), env, seed=0)
+        arm.drain()
+        evaluator.close()
+        return [timeless(candidate) for candidate in evaluator.ledger]
+
+    expected = searched(InProcess(at_once=4))
+    executor = RayExecutor(2)
+    over = threading.Event()
+    killer = threading.Thread(target=_kill_workers, args=(over,))
+    killer.start()
+    try:
+        assert searched(executor) == expected
+    finally:
+        over.set()
+        killer.join()
+    assert executor.lost > 0
+
+
+def _kill_workers(over: threading.Event) -> None:
+    """Kill a worker that is at work, every so often."""
+    chance = random.Random(0)
+    while not over.wait(chance.uniform(1.5, 4.0)):
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _is_worker(entry)]
+        if pids:
+            os.kill(chance.choice(pids), signal.SIGKILL)
+
+
+def _is_worker(process: Path) -> bool:
+    try:
+        return (process / "cmdline").read_bytes().startswith(b"ray::_Worker.run")
+    except OSError:
+        return False
