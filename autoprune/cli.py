@@ -276,6 +276,10 @@ def search(
         int | None, typer.Option(help="Random policies evaluated as a control; by default a tenth of the candidates.")
     ] = None,
     finetune_steps: Annotated[int, typer.Option(help="Gradient steps of short fine-tuning for every candidate.")] = 0,
+    promote: Annotated[
+        float,
+        typer.Option(help="Share of the candidates that get them, the best, after the search; 1: all, as proposed."),
+    ] = 1.0,
     lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning.")] = 0.01,
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
@@ -325,6 +329,7 @@ def search(
         "candidates": candidates,
         "control": control,
         "finetune_steps": finetune_steps,
+        "promote": promote,
         "lr": lr,
         "recover": recover,
         "calibration_images": calibration_images,

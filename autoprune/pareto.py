@@ -10,7 +10,17 @@ from typing import Literal, Protocol, TypeVar
 
 from autoprune.errors import ConfigError
 
-__all__ = ["OBJECTIVES", "Direction", "Measured", "dominates", "front", "hypervolume", "knee", "pick"]
+__all__ = [
+    "OBJECTIVES",
+    "Direction",
+    "Measured",
+    "dominates",
+    "front",
+    "hypervolume",
+    "knee",
+    "pick",
+    "sorted_by_layers",
+]
 
 Direction = Literal["max", "min"]
 
@@ -65,6 +75,30 @@ def front(points: Iterable[P], objectives: Mapping[str, Direction] = OBJECTIVES)
     gains = [(_gains(point, objectives), point) for point in points]
     members = [point for own, point in gains if not any(_beats(other, own) for other, _ in gains)]
     return sorted(members, key=_cheapest_first)
+
+
+def sorted_by_layers(points: Iterable[P], objectives: Mapping[str, Direction] = OBJECTIVES) -> list[P]:
+    """Return all points, the front first, then the front of the rest, and so on; within each, the loneliest first.
+
+    Non-dominated sorting and crowding distance of NSGA-II (Deb et al. 2002, sections III-A and III-B): the distance is
+    the sum over the objectives of how far apart a point's neighbours are, as a share of the layer's range; the ends of
+    a layer come first.
+    """
+    rest, found = list(points), list[P]()
+    while rest:
+        layer = front(rest, objectives)
+        crowding = {id(point): 0.0 for point in layer}
+        for name in objectives:
+            ordered = sorted(layer, key=lambda point: (getattr(point, name), point.id))
+            values = [float(getattr(point, name)) for point in ordered]
+            for point in (ordered[0], ordered[-1]):
+                crowding[id(point)] = math.inf
+            for before, point, after in zip(values, ordered[1:-1], values[2:], strict=False):
+                crowding[id(point)] += (after - before) / ((values[-1] - values[0]) or 1.0)
+        found += sorted(layer, key=lambda point: (-crowding[id(point)], -point.accuracy, point.id))
+        members = {id(point) for point in layer}
+        rest = [point for point in rest if id(point) not in members]
+    return found
 
 
 def hypervolume(points: Iterable[object], reference: Mapping[str, float]) -> float:

@@ -1,5 +1,6 @@
 """A task made ready to search: groups, prices, the order of elements, and the evaluator. Nothing here is evaluated."""
 
+import dataclasses
 import functools
 import hashlib
 import warnings
@@ -154,8 +155,20 @@ def _latency_table(task: Task, structure: Structure, costs: CostModel, file: Pat
     return table
 
 
-def evaluator_of(prepared: Prepared, folder: RunFolder, executor: Executor | None = None) -> Evaluator:
-    """Return the evaluator of a run, with the candidates that its ledger holds."""
-    settings = prepared.settings
-    pipeline = Pipeline(prepared.bench, settings.recovery, settings.seed)
-    return Evaluator(pipeline, prepared.costs, Ledger(folder.ledger), executor)
+def evaluator_of(
+    prepared: Prepared, folder: RunFolder, executor: Executor | None = None, level: int = 0, steps: int | None = None
+) -> Evaluator:
+    """Return the evaluator of a run, with the candidates that its ledger holds.
+
+    Args:
+        prepared: The task.
+        folder: The run.
+        executor: Where evaluations run.
+        level: Of the ladder; 0 is the search.
+        steps: Gradient steps of every candidate; by default as many as the search has.
+    """
+    recovery = prepared.settings.recovery
+    if steps is not None:
+        recovery = dataclasses.replace(recovery, finetune_steps=steps)
+    pipeline = Pipeline(prepared.bench, recovery, prepared.settings.seed)
+    return Evaluator(pipeline, prepared.costs, Ledger(folder.ledger_of(level)), executor)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +39,38 @@ class SearchResult:
     Args:
         run: The folder.
         prepared: The task.
-        evaluator: Holds the ledger.
+        evaluators: One a rung of the ladder, lowest first; the last one's candidates are those to pick from.
         summary: The contents of `result.json`.
 
     Attributes:
         run: The folder's path.
         dense: Accuracy and cost of the dense network.
-        picked: The candidate that the search itself picked, by the budget or the drop it was given.
         candidates: Everything evaluated, controls included, in order.
     """
 
-    def __init__(self, run: RunFolder, prepared: Prepared, evaluator: Evaluator, summary: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run: RunFolder, prepared: Prepared, evaluators: Sequence[Evaluator], summary: Mapping[str, Any]
+    ) -> None:
         self.run = run.path
         self.dense: Mapping[str, Any] = summary["dense"]
         self.summary = summary
         self._folder = run
         self._prepared = prepared
-        self._evaluator = evaluator
+        self._evaluators = tuple(evaluators)
+        self._evaluator = self._evaluators[-1]
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        """Everything evaluated, controls included, in order."""
-        return tuple(self._evaluator.ledger)
+        """Everything evaluated, controls included, in order; at the highest fidelity that each was measured at."""
+        latest = {candidate.id: candidate for evaluator in self._evaluators for candidate in evaluator.ledger}
+        return tuple(latest.values())
 
     @property
     def front(self) -> list[Candidate]:
-        """The candidates that no other beats in accuracy, MACs and parameters at once, cheapest first."""
+        """The candidates that no other beats in accuracy, MACs and parameters at once, cheapest first.
+
+        Of the last rung, where there is a ladder.
+        """
         return front(measured(self._evaluator.ledger))
 
     def pick(self, *, max_drop: float | None = None, budget: str | None = None) -> PrunedNetwork:
@@ -86,9 +92,13 @@ class SearchResult:
         """Return any candidate of this search as a network, rebuilt and measured again.
 
         Raises:
-            RunError: It does not measure what the ledger says.
+            RunError: It is not of this search, or does not measure what the ledger says.
         """
-        return rebuild(self._evaluator, candidate, rule)
+        for evaluator in self._evaluators:
+            known = evaluator.ledger.get(candidate.id)
+            if known is not None and known.measurements == candidate.measurements:
+                return rebuild(evaluator, candidate, rule)
+        raise RunError(f"candidate {candidate.id} is not one of {self.run}; give one of result.candidates")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result in short, as `autoprune search --json` prints it."""
@@ -112,7 +122,8 @@ class SearchResult:
         uniform = uniform_at(self._prepared, self._evaluator, chosen.cost)
         self.summary = {
             **self.summary,
-            "evaluations": len(self._evaluator.ledger),
+            "evaluations": len(self._evaluators[0].ledger),
+            "rungs": rungs_of(self._evaluators),
             "picked": point_of(chosen) | {"removed": dict(chosen.removed), "rule": network.rule},
             "uniform": None if uniform is None else point_of(uniform),
             "predicted": predicted(self._folder, chosen),
@@ -203,7 +214,18 @@ def open_run(path: str | Path, task: Task) -> SearchResult:
                 "(a function that makes the task must make the same weights and data each time)"
             )
     prepared = prepare(task, SearchSettings.of(config["search"]), folder)
-    return SearchResult(folder, prepared, evaluator_of(prepared, folder), summary)
+    return SearchResult(folder, prepared, evaluators_of(prepared, folder, summary), summary)
+
+
+def evaluators_of(prepared: Prepared, folder: RunFolder, summary: Mapping[str, Any]) -> list[Evaluator]:
+    """Return the evaluators of a finished search, one a rung."""
+    steps = [rung["steps"] for rung in summary["rungs"]]
+    return [evaluator_of(prepared, folder, level=level, steps=number) for level, number in enumerate(steps)]
+
+
+def rungs_of(evaluators: Sequence[Evaluator]) -> list[dict[str, int]]:
+    """Return the rungs as the result holds them: gradient steps, and how many candidates were measured."""
+    return [{"steps": e.pipeline.recovery.finetune_steps, "candidates": len(e.ledger)} for e in evaluators]
 
 
 def measured(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -46,6 +46,10 @@ class RunFolder:
         self.baseline = self.path / "baseline.safetensors"
         self.pruned = self.path / "pruned"
 
+    def ledger_of(self, level: int) -> Path:
+        """Return the ledger of a rung; 0 is the search's own."""
+        return self.ledger if level == 0 else self.path / f"finalists{'' if level == 1 else f'_{level}'}.jsonl"
+
     def create(self) -> None:
         """Make the folder.
 

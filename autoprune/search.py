@@ -8,11 +8,12 @@ answered from the ledger.
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import math
 import platform
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,13 @@ from autoprune.errors import (
 from autoprune.evaluation import TIME_LIMIT, Arm, Candidate, Evaluator, Executor, InProcess, Measurement
 from autoprune.fidelity import agreements
 from autoprune.finaliser import PrunedNetwork
+from autoprune.ladder import Rung, best, rungs
 from autoprune.policy import Policy
 from autoprune.preparation import Prepared, evaluator_of, prepare
 from autoprune.progress import Progress, Silent
 from autoprune.result import (
     SearchResult,
+    evaluators_of,
     measured,
     pick_from,
     point_of,
@@ -43,6 +46,7 @@ from autoprune.result import (
     rebuild,
     record_of,
     render,
+    rungs_of,
     uniform_at,
     write_front,
 )
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
 __all__ = ["search"]
 
 _CLEAR_LOSS = 0.005  # accuracy that the pipeline may cost the dense network without a warning
+_UNTIL_PROMOTED = 0.6  # of the time limit, where there is a ladder
 _ALONE = {"recalibrated": 0.3, "reconstructed": 0.05}  # accuracy that a group may lose alone and be searched that far
 
 
@@ -135,12 +140,12 @@ def search(
     going_on = folder.claim(config, ("digest", "measures", "search", "agent"))
     runs.at_once = folder.read(folder.config)["parallel"]["at_once"]
     prepared = prepare(task, options, folder)
-    evaluator = evaluator_of(prepared, folder, runs)
     if going_on and folder.result.exists():
         summary = folder.read(folder.result)
         if summary["stopped"] != TIME_LIMIT:
             watcher.line(f"{folder.path} holds this search's result already")
-            return SearchResult(folder, prepared, evaluator, summary)
+            return SearchResult(folder, prepared, evaluators_of(prepared, folder, summary), summary)
+    evaluator = evaluator_of(prepared, folder, runs)
     if going_on:
         watcher.line(f"going on with {folder.path}: {len(evaluator.ledger)} candidates are there")
     if reuse is not None and not folder.sensitivity.exists():
@@ -170,6 +175,8 @@ class _Search:
         self.progress = progress
         self.tracker = tracker
         self.started = started
+        self.executor = evaluator.executor
+        self.late = False  # whether the time limit left somebody unpromoted
         limit = self.settings.time_limit
         self.deadline = None if limit is None else started + limit
         self.logged = 0
@@ -188,13 +195,14 @@ class _Search:
             self.predicted = predicted = self.predict()
             sensitivity = self.analyse(predicted)
             arm = self.search(agent, sensitivity, predicted, dense)
-            summary, network = self.conclude(arm, dense)
+            evaluators = self.promote(agent, dense)
+            summary, network = self.conclude(arm, dense, evaluators)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise
         finally:
-            self.evaluator.close()
+            self.executor.close()
             folder = self.folder
             files = (folder.config, folder.sensitivity, folder.ledger, folder.front, folder.report, folder.figures)
             metrics = {f"picked.{k}": v for k, v in summary.get("picked", {}).items() if isinstance(v, int | float)}
@@ -207,7 +215,7 @@ class _Search:
             )
             if tracker.run_id is not None:
                 write_json(self.folder.tracking, {"run_id": tracker.run_id, "location": tracker.location})
-        return SearchResult(self.folder, self.prepared, self.evaluator, summary)
+        return SearchResult(self.folder, self.prepared, evaluators_of(self.prepared, self.folder, summary), summary)
 
     # -- before ---------------------------------------------------------------------------------------------------
 
@@ -302,16 +310,17 @@ class _Search:
         self, agent: Any, sensitivity: SensitivityReport | None, predicted: Analytic | None, dense: Measurement
     ) -> Arm:
         """Evaluate the controls, then run the agent until its evaluations are spent."""
-        several = agent.objectives == "several" or self.settings.max_drop is not None
+        several = self._trades(agent)
         spend, shares = ((0.0, 1.0), (0.5, 0.75, 0.25)) if several else ((1.0, 1.0), (1.0,))
         controls = self.settings.control_size
         count = 1 + controls + self.settings.candidates
         self.progress.begin("search", count)
         value = self._value(dense)
         self.evaluator.watch = lambda candidate: self._watch(candidate, value)
-        uniform = Arm(self.evaluator, "uniform", "uniform", 1, self.deadline)
-        random = Arm(self.evaluator, "random", "random", controls, self.deadline)
-        arm = Arm(self.evaluator, "search", self.settings.agent, self.settings.candidates, self.deadline)
+        deadline = self._search_deadline()
+        uniform = Arm(self.evaluator, "uniform", "uniform", 1, deadline)
+        random = Arm(self.evaluator, "random", "random", controls, deadline)
+        arm = Arm(self.evaluator, "search", self.settings.agent, self.settings.candidates, deadline)
         control_spend = spend if self.settings.budget is None else (1.0, 1.0)
         control_space = registry.resolve("search space", "group")(self.prepared.feasible, spend=control_spend)
         with contextlib.suppress(SearchOver):
@@ -330,6 +339,58 @@ class _Search:
         if arm.stopped is not None:
             self.progress.line(f"stopped after {len(arm.candidates)} of {arm.limit} candidates: {arm.stopped}")
         return arm
+
+    def promote(self, agent: Any, dense: Measurement) -> list[Evaluator]:
+        """Fine-tune the best candidates, and the best of these for longer; the controls beside them.
+
+        Returns:
+            The evaluators of all rungs, the search's first. A rung that the time limit leaves without two of the
+            agent's candidates is not among them.
+        """
+        evaluators = [self.evaluator]
+        value = None if self._trades(agent) else self._value(dense)
+        for rung in self._rungs():
+            below = measured(evaluators[-1].ledger)
+            own = best([c for c in below if c.arm == "search"], rung.candidates, value)
+            controls = [c for c in below if c.arm == "uniform"] + best(
+                [c for c in below if c.arm == "random"], 1, value
+            )
+            evaluators[-1].close()
+            evaluator = evaluator_of(self.prepared, self.folder, self.executor, rung.level, rung.steps)
+            self.progress.begin(f"fine-tuning for {rung.steps} steps", len(controls) + len(own))
+            said = itertools.count(1)
+
+            def watch(candidate: Candidate, said: Iterator[int] = said) -> None:
+                self._log(candidate)
+                self.progress.step(next(said), self._said(candidate, ()))
+
+            evaluator.watch = watch
+            results = []
+            for candidate in [*controls, *own]:
+                known = evaluator.ledger.get(candidate.id) is not None
+                if known or self.deadline is None or time.monotonic() < self.deadline:
+                    results.append(evaluator.submit(candidate.policy, arm=candidate.arm, agent=candidate.agent))
+                else:
+                    self.late = True
+            done = [result() for result in results]
+            self.progress.end()
+            evaluator.watch = self._log
+            if sum(c.arm == "search" and c.failure is None for c in done) < 2:
+                break
+            evaluators.append(evaluator)
+        return evaluators
+
+    def _rungs(self) -> tuple[Rung, ...]:
+        return rungs(self.settings.candidates, self.settings.finetune_steps, self.settings.promote)
+
+    def _trades(self, agent: Any) -> bool:
+        """Say whether accuracy is traded for cost, instead of making the best of the whole budget."""
+        return bool(agent.objectives == "several") or self.settings.max_drop is not None
+
+    def _search_deadline(self) -> float | None:
+        """Return when the agent has to end: what is promoted needs time too."""
+        limit = self.settings.time_limit
+        return None if limit is None else self.started + (_UNTIL_PROMOTED if self._rungs() else 1.0) * limit
 
     def _watch(self, candidate: Candidate, value: Callable[[Candidate], float]) -> None:
         """Log a candidate, and say how the search stands."""
@@ -433,8 +494,8 @@ class _Search:
 
     # -- after ----------------------------------------------------------------------------------------------------
 
-    def _fidelity(self) -> list[dict[str, Any]]:
-        """Return how well what was known early ranks the search's own candidates."""
+    def _fidelity(self, evaluators: Sequence[Evaluator]) -> list[dict[str, Any]]:
+        """Return how well what was known early ranks the search's own candidates, and those of each rung."""
         own = [c for c in measured(self.evaluator.ledger) if c.arm in ("search", "random")]
         known: dict[str, list[float]] = {}
         if self.predicted is not None:
@@ -444,40 +505,50 @@ class _Search:
         if self.folder.sensitivity.exists():
             report = SensitivityReport.load(self.folder.sensitivity)
             known["sensitivity"] = [report.predicted_accuracy(c.removed) for c in own]
-        return [agreement.to_dict() for agreement in agreements(own, known)]
+        found = list(agreements(own, known))
+        for evaluator in evaluators[1:]:
+            found += agreements([c for c in measured(evaluator.ledger) if c.arm == "search"], {})
+        return [agreement.to_dict() for agreement in found]
 
-    def conclude(self, arm: Arm, dense: Measurement) -> tuple[dict[str, Any], PrunedNetwork]:
+    def conclude(
+        self, arm: Arm, dense: Measurement, evaluators: Sequence[Evaluator]
+    ) -> tuple[dict[str, Any], PrunedNetwork]:
         """Pick, compare with the controls at the same cost, rebuild, save and report."""
-        costs, ledger = self.prepared.costs, self.evaluator.ledger
+        evaluator = evaluators[-1]
+        costs, ledger = self.prepared.costs, evaluator.ledger
         dense_record = record_of(dense) | costs.dense.to_dict()
         known = -1
         while known < len(ledger):  # uniform at the picked one's cost may be the better pick
             known = len(ledger)
             chosen, rule = pick_from(
-                self.evaluator, dense_record, self.settings.max_drop, self.settings.budget, fall_back=True
+                evaluator, dense_record, self.settings.max_drop, self.settings.budget, fall_back=True
             )
-            uniform = uniform_at(self.prepared, self.evaluator, chosen.cost)
-        picked = rebuild(self.evaluator, chosen, rule)
+            uniform = uniform_at(self.prepared, evaluator, chosen.cost)
+        picked = rebuild(evaluator, chosen, rule)
         randoms = [c for c in ledger if c.arm == "random"]
         comparable = [c for c in measured(randoms) if self.settings.budget is not None or c.macs <= chosen.macs]
         best_random = max(comparable, key=lambda c: c.accuracy, default=None)
         summary = {
             "agent": self.settings.agent,
-            "evaluations": len(ledger),
+            "evaluations": len(self.evaluator.ledger),
+            "rungs": rungs_of(evaluators),
             "candidates": len(arm.candidates),
             "seconds": round(time.monotonic() - self.started, 1),
-            "stopped": arm.stopped,
+            "stopped": TIME_LIMIT if self.late else arm.stopped,
             "dense": dense_record,
             "budget": self.settings.budget,
             "max_drop": self.settings.max_drop,
             "picked": point_of(chosen) | {"removed": dict(chosen.removed), "rule": rule},
             "uniform": None if uniform is None else point_of(uniform),
-            "random": {"size": len(randoms), "best": None if best_random is None else point_of(best_random)},
+            "random": {
+                "size": sum(c.arm == "random" for c in self.evaluator.ledger),
+                "best": None if best_random is None else point_of(best_random),
+            },
             "predicted": predicted(self.folder, chosen),
-            "fidelity": self._fidelity(),
+            "fidelity": self._fidelity(evaluators),
             "latency": self._latency(picked),
         }
-        write_front(self.folder, self.evaluator)
+        write_front(self.folder, evaluator)
         picked.save(self.folder.pruned)
         write_json(self.folder.result, summary)
         render(self.folder)

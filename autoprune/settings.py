@@ -32,6 +32,9 @@ class SearchSettings:
             or "recalibrated" (batch-norm statistics only).
         finetune_steps: Gradient steps of short fine-tuning for every candidate. None by default: reconstructed,
             policies rank as well without (`benchmarks/closed_form.md`), and the picked one is fine-tuned afterwards.
+        promote: Share of the candidates that get those steps, once the agent has finished: the best, then the same
+            share of these for as much longer, and so on (see `autoprune.ladder`). 1: all, as they are proposed, so that
+            the agent learns from what they are afterwards.
         lr: Peak learning rate of short fine-tuning.
         precision: What candidates are fine-tuned and measured in: "auto" (the fastest that agrees with float32 on this
             machine), "float32" or "bfloat16". The saved network's numbers are in float32.
@@ -62,6 +65,7 @@ class SearchSettings:
     criterion: str = "l1"
     recover: str = "reconstructed"
     finetune_steps: int = 0
+    promote: float = 1.0
     lr: float = 0.01
     precision: str = "auto"
     calibration_images: int = 2000
@@ -98,6 +102,10 @@ class SearchSettings:
             raise ConfigError(f"`control >= 0` must hold, but got control={self.control}")
         if self.max_drop is not None and not 0 <= self.max_drop < 1:
             raise ConfigError(f"`0 <= max_drop < 1` must hold, but got max_drop={self.max_drop}; 0.01 is one point")
+        if not (0 < self.promote <= 0.5 or self.promote == 1):
+            raise ConfigError(f"`0 < promote <= 0.5` or `promote == 1` must hold, but got promote={self.promote}")
+        if self.promote < 1 and not self.finetune_steps:
+            raise ConfigError("`promote` says who is fine-tuned, but there are no steps; give finetune_steps")
         if not 0 < self.max_sparsity < 1:
             raise ConfigError(f"`0 < max_sparsity < 1` must hold, but got max_sparsity={self.max_sparsity}")
         if not all(0 < s < 1 for s in self.sensitivity):
@@ -115,7 +123,7 @@ class SearchSettings:
     def _check_types(self) -> None:
         texts = ("budget", "agent", "space", "criterion", "recover", "precision")
         wholes = ("candidates", "multiple", "control", "finetune_steps", "calibration_images", "seed")
-        numbers = ("max_drop", "lr", "max_sparsity", "time_limit", "moments_memory", "activations_memory")
+        numbers = ("max_drop", "promote", "lr", "max_sparsity", "time_limit", "moments_memory", "activations_memory")
         optional = ("budget", "max_drop", "control", "time_limit")
         for names, kind, word in (
             (texts, str, "text"),
@@ -149,8 +157,8 @@ class SearchSettings:
 
     @property
     def recovery(self) -> Recovery:
-        """How far candidates are recovered."""
-        return Recovery(self.calibration_images, self.finetune_steps, Recipe(lr=self.lr))
+        """How far candidates are recovered when they are proposed."""
+        return Recovery(self.calibration_images, self.finetune_steps if self.promote == 1 else 0, Recipe(lr=self.lr))
 
     @property
     def measured_with(self) -> dict[str, Any]:

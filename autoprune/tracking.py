@@ -183,7 +183,7 @@ class MLflowTracker:
         self._worker.start()
 
     def candidate(self, candidate: Candidate) -> None:
-        """Queue a candidate; one whose policy is logged already is passed over.
+        """Queue a candidate; one whose policy is logged at that fidelity already is passed over.
 
         Raises:
             AutopruneError: `start` was not called.
@@ -303,8 +303,8 @@ class _Runs:
     ) -> None:
         self._client = client
         self.uri = client.tracking_uri
-        self._logged: set[str] = set()
-        self._unfinished: dict[str, str] = {}
+        self._logged: set[tuple[str, str]] = set()  # policy and fidelity
+        self._unfinished: dict[tuple[str, str], str] = {}
         run = None if parent_run_id is None else self._find(parent_run_id)
         if run is None:
             run = client.create_run(self._experiment_id(experiment), tags=_tags(tags), run_name=run_name)
@@ -350,20 +350,21 @@ class _Runs:
                 page_token=token,
             )
             for run in page:
-                policy_id = run.data.tags.get("policy_id", "")
+                key = (run.data.tags.get("policy_id", ""), run.data.tags.get("fidelity", ""))
                 if run.info.end_time is None:  # the process was killed within the run
-                    self._unfinished[policy_id] = run.info.run_id
+                    self._unfinished[key] = run.info.run_id
                 else:
-                    self._logged.add(policy_id)
+                    self._logged.add(key)
             token = page.token
             if not token:
                 return
 
     def log_candidate(self, candidate: Candidate, at: float) -> None:
         """Log a candidate as a nested run that ended at a Unix time."""
-        if candidate.id in self._logged:
+        key = (candidate.id, candidate.fidelity)
+        if key in self._logged:
             return
-        run_id = self._unfinished.get(candidate.id)
+        run_id = self._unfinished.get(key)
         if run_id is None:
             run = self._client.create_run(
                 self._experiment_of_run,
@@ -375,7 +376,7 @@ class _Runs:
         self._log(run_id, _params(candidate.policy, prefix="sparsity."), _candidate_metrics(candidate), at)
         status = "FINISHED" if candidate.failure is None else "FAILED"
         self._client.set_terminated(run_id, status, end_time=round(at * 1000))
-        self._logged.add(candidate.id)
+        self._logged.add(key)
 
     def finish(
         self,

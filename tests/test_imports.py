@@ -21,7 +21,7 @@ _NETWORK = f"{_BASE} structure cost"
 _TRAINING = f"{_NETWORK} {_TASK} moments scoring scheduling"
 _EVALUATION = f"{_TRAINING} finetuning evaluation"
 _PREDICTION = f"{_EVALUATION} separable analytic"
-_OUTPUT = "fidelity pareto report export finaliser tracking result"
+_OUTPUT = "fidelity pareto ladder report export finaliser tracking result"
 _RESULT = f"_version {_PREDICTION} bounds settings preparation sensitivity {_OUTPUT}"
 _PARTS = f"{_RESULT} environment"
 _ALL = f"{_PARTS} search search_spaces agents autoprune"
@@ -56,7 +56,8 @@ LAYERS = {
     "sensitivity": _PREDICTION,
     "environment": f"{_PREDICTION} sensitivity",
     "pareto": "errors policy",
-    "report": "errors policy pareto",
+    "ladder": f"{_EVALUATION} pareto",
+    "report": "errors policy pareto run",
     "export": f"_version {_EVALUATION} sensitivity",
     "finaliser": f"{_EVALUATION} export",
     "tracking": f"_version {_EVALUATION} sensitivity",

@@ -272,7 +272,7 @@ def test_the_config_holds_everything_resolved(done: Done) -> None:
         **{"sensitivity": [0.25, 0.5, 0.75], "max_sparsity": 0.9, "bounds": {}},
         **{"units": ["channels", "heads"], "multiple": 1, "normalised": False},
         **{"recover": "reconstructed", "moments_memory": 2.0, "precision": "auto"},
-        **{"activations_memory": 2.0},
+        **{"activations_memory": 2.0, "promote": 1.0},
     }
     assert {"python", "torch", "optuna", "autoprune"} <= config["versions"].keys()
 
@@ -574,6 +574,87 @@ def test_with_several_under_way_it_is_the_same_search_whoever_is_faster_and_wher
     assert ledger("killed") == ledger("whole")
     assert result.summary["picked"] == whole.summary["picked"]
     assert [line["number"] for line in ledger("whole")] == list(range(len(ledger("whole"))))
+
+
+LADDER: dict[str, Any] = {"candidates": 12, "control": 2, "promote": 0.5, "sensitivity": (), "recover": "recalibrated"}
+
+
+@pytest.mark.parametrize("agent", ["tpe", "nsga2"])
+def test_the_best_are_fine_tuned_after_the_search_and_the_pick_is_one_of_them(
+    agent: str, tmp_path: Path, light: None
+) -> None:
+    result = run(tmp_path / "run", agent=agent, **LADDER)
+    ground = [Candidate.from_dict(line | {"seconds": 0}) for line in ledger_of(tmp_path / "run")]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "finalists.jsonl").read_text().splitlines()]
+    finalists = [Candidate.from_dict(line) for line in lines]
+    assert {c.fidelity for c in ground} == {"recalibrated"}
+    assert {c.fidelity for c in finalists} == {"short"}
+    promoted = [c for c in finalists if c.arm == "search"]
+    own = sorted((c for c in ground if c.arm == "search"), key=lambda c: -c.accuracy)
+    assert len(promoted) == 6
+    if agent == "tpe":
+        assert min(c.at("recalibrated").accuracy for c in promoted) >= own[6].accuracy  # type: ignore[union-attr]
+    else:
+        members = {c.id for c in front(own, {"accuracy": "max", "macs": "min"})}
+        assert members <= {c.id for c in promoted} or members >= {c.id for c in promoted}
+    assert sum(c.arm == "random" for c in finalists) == 1
+    assert finalists[0].arm == "uniform"
+    steps = [{"steps": 0, "candidates": len(ground)}, {"steps": 2, "candidates": len(finalists)}]
+    assert result.summary["rungs"] == steps
+    assert result.summary["picked"]["id"] in {c.id for c in finalists}
+    assert result.summary["picked"]["fidelity"] == result.summary["uniform"]["fidelity"] == "short"
+    assert {c.id: c.fidelity for c in result.candidates if c.id not in {f.id for f in finalists}}
+    assert {c.fidelity for c in result.front} == {"short"}
+    again = open_run(tmp_path / "run", make_task())
+    assert again.pick().measured == result.pick().measured
+    assert again.network(ground[-1]).measured.fidelity == "recalibrated"  # one that stayed behind
+
+
+def test_a_ladder_killed_anywhere_ends_the_same(tmp_path: Path, light: None) -> None:
+    whole = run(tmp_path / "whole", **LADDER)
+
+    def finalists(name: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (tmp_path / name / "finalists.jsonl").read_text().splitlines()]
+        return [line | {"seconds": 0} for line in lines]
+
+    for kill_at in (4, 16, 19):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed", tracker=Probe(kill_at), **LADDER)
+    result = run(tmp_path / "killed", **LADDER)
+    assert ledger_of(tmp_path / "killed") == ledger_of(tmp_path / "whole")
+    assert finalists("killed") == finalists("whole")
+    assert result.summary["picked"] == whole.summary["picked"]
+    watcher = Watcher()
+    assert run(tmp_path / "killed", progress=watcher, **LADDER).summary == result.summary
+    assert watcher.lines[-1].endswith("holds this search's result already")
+
+
+def test_without_time_for_two_finalists_the_pick_is_of_the_search(
+    tmp_path: Path, light: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    slow = Watcher(lambda stage, number: clock.forward(10.0 if stage == "search" else 1000.0))
+    result = run(tmp_path / "run", progress=slow, time_limit=300.0, **LADDER)
+    assert result.summary["rungs"] == [{"steps": 0, "candidates": len(result.candidates)}]
+    assert result.summary["picked"]["fidelity"] == "recalibrated"
+    assert result.summary["stopped"] == "time limit"
+    monkeypatch.undo()
+    whole = run(tmp_path / "run", **LADDER)
+    assert [rung["steps"] for rung in whole.summary["rungs"]] == [0, 2]
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def forward(self, seconds: float) -> None:
+        self.now += seconds
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def test_uniform_at_the_same_cost_may_be_the_better_pick_and_killing_there_changes_nothing(

@@ -48,6 +48,9 @@ def test_the_control_is_a_tenth_unless_it_is_given(candidates: int, control: int
         ("max_drop", math.nan),
         ("max_sparsity", 0.0),
         ("max_sparsity", 1.0),
+        ("promote", 0.0),
+        ("promote", 0.6),
+        ("promote", math.nan),
         ("lr", 0.0),
         ("lr", math.nan),
         ("time_limit", 0),
@@ -57,6 +60,13 @@ def test_values_out_of_range_are_refused_with_rule_and_value(name: str, value: o
     with pytest.raises(ConfigError, match=rf"^`.*{name}.*` must hold, but got {name}={value}") as error:
         SearchSettings(**{name: value})  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+def test_promotion_needs_steps() -> None:
+    with pytest.raises(ConfigError, match="`promote` says who is fine-tuned, but there are no steps"):
+        SearchSettings(promote=0.25)
+    assert SearchSettings(promote=0.25, finetune_steps=50).recovery.finetune_steps == 0
+    assert SearchSettings(finetune_steps=50).recovery.finetune_steps == 50
 
 
 @pytest.mark.parametrize("sparsities", [(0.0,), (0.5, 1.0), (math.nan,)])

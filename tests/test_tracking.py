@@ -313,7 +313,7 @@ class TestResume:
         assert logged.client.get_run(first.run_id).info.status == "KILLED"
         half_logged = made(9)
         experiment = logged.client.get_run(first.run_id).info.experiment_id
-        tags = {"mlflow.parentRunId": first.run_id, "policy_id": half_logged.id}
+        tags = {"mlflow.parentRunId": first.run_id, "policy_id": half_logged.id, "fidelity": "short"}
         half = logged.client.create_run(experiment, tags=tags, run_name="candidate 9").info.run_id
 
         second = MLflowTracker(experiment="digits", run_name="resumed", parent_run_id=first.run_id)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprune.errors import RunError
+from autoprune.run import RunFolder
 
 __all__ = ["Row", "Run", "Width", "read_run"]
 
@@ -50,8 +51,11 @@ class Run:
     Attributes:
         name: The folder's own name.
         config: `config.json`.
-        ledger: The lines of `ledger.jsonl`, in order of evaluation, failed candidates too.
-        rows: The measured ones among them.
+        ledger: The lines of `ledger.jsonl`, in the order of proposal, failed candidates too; then those of finalists
+            that are not there.
+        rows: The measured ones of `ledger.jsonl`.
+        finalists: Those that were fine-tuned after the search, as they are then, on the last rung of the ladder; empty
+            where there is none.
         missing: The files that are absent.
     """
 
@@ -59,6 +63,7 @@ class Run:
     config: Mapping[str, Any]
     ledger: Sequence[Mapping[str, Any]]
     rows: Sequence[Row]
+    finalists: Sequence[Row]
     sensitivity: Mapping[str, Any] | None
     front: Mapping[str, Any] | None
     result: Mapping[str, Any] | None
@@ -139,11 +144,14 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"'{folder}' holds no config.json, so it is not a run; give the folder that --out named")
     ledger = _read_ledger(folder / "ledger.jsonl")
     files = {name: _read_json(folder / name) if (folder / name).is_file() else None for name in OPTIONAL}
+    level = len((files["result.json"] or {}).get("rungs") or [0]) - 1
+    last = _read_ledger(RunFolder(folder).ledger_of(level)) if level else []
     return Run(
         name=folder.resolve().name,
         config=_read_json(folder / "config.json"),
-        ledger=ledger,
+        ledger=[*ledger, *(line for line in last if line["id"] not in {known["id"] for known in ledger})],
         rows=[_row(line) for line in ledger if _is_measured(line)],
+        finalists=[_row(line) for line in last if _is_measured(line)],
         sensitivity=files["sensitivity.json"],
         front=files["front.json"],
         result=files["result.json"],
@@ -169,7 +177,7 @@ def _read_ledger(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number < len(text):
                 raise RunError(f"'{path}' line {number} is not JSON ({error}); remove that line") from error
-    return lines
+    return sorted(lines, key=lambda line: int(line["number"]))
 
 
 def _is_measured(line: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """Figures of the search: the front, the picked policy, the progress; and `figures`, which returns all of a run's."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ def figures(run: Run) -> dict[str, go.Figure]:
     """Return the figures that a run has the data for: front, policy, progress, curves, heatmap."""
     drawn: dict[str, go.Figure] = {}
     if run.rows:
-        drawn["front"] = front_figure(run)
+        drawn["front"] = front_figure(dataclasses.replace(run, rows=run.finalists) if run.finalists else run)
     if run.picked and run.widths(run.picked):
         drawn["policy"] = policy_figure(run, run.picked)
     if run.arm("search"):

@@ -192,16 +192,26 @@ def _final_table(run: Run) -> str:
 
 
 def _front(run: Run, drawn: Mapping[str, go.Figure]) -> str:
-    size = len(run.rows)
+    size = len(run.finalists or run.rows)
     volume = f" Hypervolume of the front: {run.front['hypervolume']:.3f} of at most 1." if run.front else ""
     return _figure_section(
         drawn,
         "front",
         "The front",
-        f"Up and to the left is better. Each mark is one of {size} measured candidates; the line joins those that no "
-        "other beats in accuracy and MACs (marks on the front beside the line owe their place to fewer parameters). "
+        f"Up and to the left is better. Each mark is one of {size} measured candidates{_left_behind(run)}; the line "
+        "joins those that no other beats in accuracy and MACs (marks on the front beside the line owe their place to "
+        "fewer parameters). "
         f"Point at a mark to read its policy: the share of each group that is removed. {LOWEST}{volume}",
     )
+
+
+def _left_behind(run: Run) -> str:
+    """Return what became of candidates that are not in the figure of the front."""
+    if not run.finalists or run.result is None:
+        return ""
+    rungs = run.result["rungs"]
+    steps = " and ".join(f"{rung['candidates']} for {rung['steps']}" for rung in rungs[1:])
+    return f", the best of {rungs[0]['candidates']}: {steps} gradient steps"
 
 
 def _policy(run: Run, drawn: Mapping[str, go.Figure]) -> str:
@@ -233,16 +243,16 @@ def _fidelity(run: Run) -> str:
     found = (run.result or {}).get("fidelity") or []
     if not found:
         return ""
-    rows = [
-        ("", [_text(KNOWN.get(one["known"], one["known"])), _tau(one["all"]), _tau(one["better"])]) for one in found
-    ]
-    last, number = found[0]["last"], found[0]["candidates"]
+    rows = []
+    for one in found:
+        compared = f"{one['last']}, {one['candidates']}"
+        known = KNOWN.get(one["known"], one["known"])
+        rows.append(("", [_text(known), _text(compared), _tau(one["all"]), _tau(one["better"])]))
     return (
         "<section><h2>How well cheap knowledge ranks</h2><p class='caption'>Kendall's tau between what is known early "
-        f"of a candidate and its accuracy at the last rung ({_text(last)}), over {number} candidates of the agent and "
-        "of the random control, and over the better half of them: 1 is the same order, 0 is none. In brackets, "
-        "bootstrap intervals of 95&nbsp;%.</p>"
-        f"{_table(['Known', 'All', 'Better half'], rows, css='narrow')}</section>"
+        "of a candidate and its accuracy at a later rung, over the candidates that reached it, and over the better "
+        "half of them: 1 is the same order, 0 is none. In brackets, bootstrap intervals of 95&nbsp;%.</p>"
+        f"{_table(['Known', 'Compared with', 'All', 'Better half'], rows, text_columns=(0, 1), css='narrow')}</section>"
     )
 
 

@@ -57,7 +57,16 @@ def test_the_table_has_means_and_deviations_over_seeds(script: ModuleType) -> No
 
 def test_the_ranking_compares_with_the_last_rung(script: ModuleType) -> None:
     rows = [row(n, sliced=-0.1 * n) for n in range(1, 9)]
-    lines = {line.split("|")[1].strip(): line for line in script.rank_table(rows).splitlines()}
+    lines = {line.split("|")[1].strip(): line for line in script.rank_table(rows, "steps_200").splitlines()}
     assert "| 1.00 (1.00 to 1.00) |" in lines["recalibrated"]
     assert "| -1.00 (-1.00 to -1.00) |" in lines["sliced"]
     assert "1.0e-05" in lines["predicted loss, nothing evaluated"]
+    assert "whole epochs from there" not in lines
+
+
+def test_or_with_fine_tuning_for_whole_epochs(script: ModuleType) -> None:
+    seconds = {name: 1.0 for name in (*RUNGS, "measuring", "long")}
+    rows = [row(n, long=-0.1 * n, seconds=seconds) for n in range(1, 9)]
+    lines = {line.split("|")[1].strip(): line for line in script.rank_table(rows, "long").splitlines()}
+    assert "| -1.00 (-1.00 to -1.00) |" in lines["200 steps from there"]
+    assert lines["whole epochs from there"].split("|")[2].strip() == ""

@@ -298,9 +298,28 @@ class TestContents:
 
     def test_how_well_cheap_knowledge_ranks(self, run):
         text = outline(run).text
-        assert "its accuracy at the last rung (short), over 30 candidates" in text
-        assert "Predicted from moments, nothing evaluated 0.51 (0.31 to 0.68)" in text
-        assert "<b> 0.70 (0.60 to 0.80) 0.30" in text
+        assert "Predicted from moments, nothing evaluated short, 30 0.51 (0.31 to 0.68)" in text
+        assert "<b> short, 30 0.70 (0.60 to 0.80) 0.30" in text
+
+    def test_finalists_are_the_candidates_of_the_front_and_it_says_of_how_many(self, demo, run):
+        lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+        tuned = [line for line in lines if line["measurements"]][:5]
+        late = {**tuned[0], "id": "feedfeedfeed", "number": 40, "arm": "uniform"}  # measured on the last rung alone
+        (run / "finalists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [late, *tuned]))
+        rungs = [{"steps": 0, "candidates": len(lines)}, {"steps": 50, "candidates": 6}]
+        changed(run, "result.json", rungs=rungs, uniform={**demo.files["result.json"]["uniform"], "id": late["id"]})
+        text = outline(run).text
+        assert f"Each mark is one of 6 measured candidates, the best of {len(lines)}: 6 for 50 gradient steps" in text
+        found = read_run(run)
+        assert [row.id for row in found.finalists] == [line["id"] for line in [*tuned, late]]
+        assert len(found.rows) == len([line for line in lines if line["measurements"] and not line["failure"]])
+        assert found.line("feedfeedfeed") == late
+
+    def test_lines_of_the_ledger_may_come_in_any_order(self, run):
+        lines = (run / "ledger.jsonl").read_text().splitlines()
+        before = read_run(run).rows
+        (run / "ledger.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+        assert read_run(run).rows == before
 
     def test_of_a_few_candidates_nothing_is_said_about_ranks(self, run):
         changed(run, "result.json", fidelity=[])
