@@ -64,6 +64,12 @@ def test_the_ranking_compares_with_the_last_rung(script: ModuleType) -> None:
     assert "whole epochs from there" not in lines
 
 
+def test_what_a_rung_would_pick_is_compared_with_the_best(script: ModuleType) -> None:
+    last = torch.linspace(0.0, 0.9, 10).numpy()
+    assert script.regret(last, last) == 0.0
+    assert script.regret(-last, last) > script.regret(0 * last, last) > 0.2
+
+
 def test_or_with_fine_tuning_for_whole_epochs(script: ModuleType) -> None:
     seconds = {name: 1.0 for name in (*RUNGS, "measuring", "long")}
     rows = [row(n, long=-0.1 * n, seconds=seconds) for n in range(1, 9)]

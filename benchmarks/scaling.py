@@ -1,0 +1,239 @@
+"""How the time of a search's own work grows: with groups, with candidates, and with workers.
+
+    python benchmarks/scaling.py groups
+    python benchmarks/scaling.py candidates [--most 100000]
+    python benchmarks/scaling.py workers
+
+`groups`: chains of convolutions. Seconds to find and prove the groups, to price them, and, a policy, to decode a point
+of the search space, to price it, to slice it; and memory at its peak.
+
+`candidates`: candidates of a formula instead of a network, in a ledger on disk. Milliseconds a candidate in the first
+and in the last tenth of a search: of the evaluator and its ledger alone (random policies), and with Optuna's samplers.
+
+`workers`: evaluations that sleep, for random times around a mean, on threads. How busy the workers are: the sum of all
+evaluations' times over what the workers had, for an agent that draws and for one that learns.
+"""
+
+import argparse
+import functools
+import queue
+import resource
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from autoprune.agents.optuna import NSGA2Agent, TPEAgent
+from autoprune.agents.random import RandomAgent
+from autoprune.cost import Budget, CostModel, FeasibleSet
+from autoprune.environment import PruningEnv
+from autoprune.evaluation import Arm, Evaluator, Ledger, Measurement, Outcome, Runs
+from autoprune.policy import Policy
+from autoprune.search_spaces.per_group import PerGroup
+from autoprune.structure import analyse, plan
+from autoprune.structure import cut as cut_network
+from autoprune.testing import chain, run_agent
+
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+
+def groups(options: argparse.Namespace) -> None:
+    """Print what networks of more and more groups take."""
+    of_groups(2)  # imports what is imported when it is first needed
+    print("| groups | finding and proving | pricing | decoding | one price | slicing | peak memory |")
+    print("|---|---|---|---|---|---|---|")
+    for number in options.groups:
+        seconds = of_groups(number)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"| {number} | {' | '.join(map(readable, seconds))} | {memory:.1f} GB |", flush=True)
+
+
+def of_groups(number: int) -> list[float]:
+    """Return the seconds that a chain of so many groups takes."""
+    layers: list[nn.Module] = []
+    for index in range(number + 1):
+        layers += [nn.Conv2d(3 if index == 0 else 8, 8, 3, padding=1), nn.ReLU()]
+    model, example = nn.Sequential(*layers).eval(), torch.zeros(1, 3, 8, 8)
+    found, structure = timed(lambda: analyse(model, example))
+    priced, costs = timed(lambda: CostModel(model, example, structure))
+    feasible = FeasibleSet.build(structure, costs, Budget.parse("macs<=50%"), {}, 0.9)
+    space = PerGroup(feasible, spend=(1.0, 1.0))
+    rng = np.random.default_rng(0)
+    points = [rng.random(len(space.dimensions)).tolist() for _ in range(5)]
+    decoded = [timed(functools.partial(space.decode, point)) for point in points]
+    removed = [structure.removed(policy) for _, policy in decoded]
+    one = [timed(functools.partial(costs.cost, counts))[0] for counts in removed]
+    sliced = [timed(functools.partial(smaller, model, structure, counts))[0] for counts in removed]
+    return [found, priced, statistics.median(s for s, _ in decoded), statistics.median(one), statistics.median(sliced)]
+
+
+def smaller(model: nn.Module, structure: Any, counts: dict[str, int]) -> nn.Module:
+    """Return the network without the first elements of each group, so many."""
+    return cut_network(model, plan(model, structure, {name: list(range(count)) for name, count in counts.items()}))
+
+
+# -- candidates -------------------------------------------------------------------------------------------------------
+
+
+class Formula:
+    """A pipeline whose accuracies come from a formula, after a while."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, feasible: FeasibleSet, seconds: Callable[[], float] = lambda: 0.0) -> None:
+        self.structure = feasible.structure
+        self.bench = self  # what the evaluator rounds policies with
+        self.seconds = seconds
+
+    def __call__(self, policy: Policy) -> Outcome:
+        """Return what comes of a policy."""
+        seconds = self.seconds()
+        time.sleep(seconds)
+        accuracy = 1 - float(np.mean([value**2 for value in policy.values()]))
+        return Outcome(policy.id, (Measurement("short", accuracy, 0.01, 1 - accuracy, 0.01),), seconds)
+
+
+def candidates(options: argparse.Namespace) -> None:
+    """Print what a candidate takes, early and late in searches that grow longer."""
+    feasible = chain([16] * 9)
+    print("| agent | candidates | ms a candidate, first tenth | last tenth | whole | reading the ledger |")
+    print("|---|---|---|---|---|---|")
+    for agent, most in (
+        (RandomAgent(), options.most),
+        (TPEAgent(), options.most_tpe),
+        (NSGA2Agent(), options.most_tpe),
+    ):
+        number = 100
+        while number <= most:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "ledger.jsonl"
+                stamps = search(feasible, Formula(feasible), agent, number, file)
+                reading, _ = timed(lambda file=file: Ledger(file))
+            tenth = number // 10
+            times = [stamps[tenth] - stamps[0], stamps[-1] - stamps[-1 - tenth]]
+            each = " | ".join(f"{1000 * seconds / tenth:.2f}" for seconds in times)
+            whole = stamps[-1] - stamps[0]
+            print(f"| {type(agent).__name__} | {number:,} | {each} | {whole:.1f} s | {readable(reading)} |", flush=True)
+            number *= 10
+
+
+def search(
+    feasible: FeasibleSet, pipeline: Formula, agent: Any, number: int, file: Path | None, executor: Any = None
+) -> list[float]:
+    """Run an agent, and return when each candidate was done."""
+    evaluator = Evaluator(pipeline, feasible.costs, Ledger(file), executor)  # type: ignore[arg-type]  # as good as one
+    stamps = [time.perf_counter()]
+    evaluator.watch = lambda _: stamps.append(time.perf_counter())
+    arm = Arm(evaluator, "search", "agent", number)
+    several = agent.objectives == "several"
+    env = PruningEnv(
+        feasible,
+        PerGroup(feasible, spend=(0.0, 1.0) if several else (1.0, 1.0)),
+        arm.submit,
+        value=lambda candidate: candidate.accuracy,
+        evaluations=number,
+        at_once=evaluator.executor.at_once,
+    )
+    run_agent(agent, env, seed=0)
+    arm.drain()
+    evaluator.close()
+    return stamps
+
+
+# -- workers ----------------------------------------------------------------------------------------------------------
+
+
+class Threads:
+    """Runs policies on threads, which sleep for most of the time."""
+
+    def __init__(self, workers: int) -> None:
+        self.at_once = 2 * workers
+        self.workers = workers
+        self.busy = 0.0
+        self.todo: queue.SimpleQueue[Policy | None] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+
+    def start(self, pipeline: Runs) -> None:
+        """Start the threads."""
+        self.threads = [threading.Thread(target=self._work, args=(pipeline,)) for _ in range(self.workers)]
+        for thread in self.threads:
+            thread.start()
+
+    def _work(self, pipeline: Runs) -> None:
+        while (policy := self.todo.get()) is not None:
+            self.done.put(pipeline(policy))
+
+    def submit(self, policy: Policy) -> None:
+        """Put a policy in line."""
+        self.todo.put(policy)
+
+    def finished(self) -> Outcome:
+        """Wait for one."""
+        outcome = self.done.get()
+        self.busy += outcome.seconds
+        return outcome
+
+    def close(self) -> None:
+        """Stop the threads."""
+        for _ in self.threads:
+            self.todo.put(None)
+        for thread in self.threads:
+            thread.join()
+
+
+def workers(options: argparse.Namespace) -> None:
+    """Print how busy workers are."""
+    feasible = chain([16] * 9)
+    print("| agent | workers | candidates | busy |\n|---|---|---|---|")
+    for agent in (RandomAgent(), TPEAgent()):
+        for number in options.workers:
+            rng = np.random.default_rng(0)
+            lock = threading.Lock()
+
+            def drawn(rng: np.random.Generator = rng, lock: Any = lock) -> float:
+                with lock:
+                    return float(options.seconds * rng.lognormal(0.0, options.spread))
+
+            executor = Threads(number)
+            count = options.each * number
+            started = time.perf_counter()
+            search(feasible, Formula(feasible, drawn), agent, count, None, executor)
+            share = executor.busy / (number * (time.perf_counter() - started))
+            print(f"| {type(agent).__name__} | {number} | {count} | {share:.0%} |", flush=True)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return seconds and result."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def readable(seconds: float) -> str:
+    """Return seconds in a suitable unit."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("groups", "candidates", "workers"))
+    parser.add_argument("--groups", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--most", type=int, default=10_000, help="candidates of the random agent")
+    parser.add_argument("--most-tpe", type=int, default=1000, help="candidates of Optuna's samplers")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 8, 64])
+    parser.add_argument("--each", type=int, default=20, help="evaluations of a worker")
+    parser.add_argument("--seconds", type=float, default=2.0, help="median of an evaluation")
+    parser.add_argument("--spread", type=float, default=0.3, help="standard deviation of its logarithm")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    chosen = _options()
+    {"groups": groups, "candidates": candidates, "workers": workers}[chosen.part](chosen)
