@@ -156,7 +156,12 @@ def _latency_table(task: Task, structure: Structure, costs: CostModel, file: Pat
 
 
 def evaluator_of(
-    prepared: Prepared, folder: RunFolder, executor: Executor | None = None, level: int = 0, steps: int | None = None
+    prepared: Prepared,
+    folder: RunFolder,
+    executor: Executor | None = None,
+    level: int = 0,
+    steps: int | None = None,
+    at_once: int | None = None,
 ) -> Evaluator:
     """Return the evaluator of a run, with the candidates that its ledger holds.
 
@@ -166,9 +171,10 @@ def evaluator_of(
         executor: Where evaluations run.
         level: Of the ladder; 0 is the search.
         steps: Gradient steps of every candidate; by default as many as the search has.
+        at_once: How many may be under way; by default as many as the executor has.
     """
     recovery = prepared.settings.recovery
     if steps is not None:
         recovery = dataclasses.replace(recovery, finetune_steps=steps)
     pipeline = Pipeline(prepared.bench, recovery, prepared.settings.seed)
-    return Evaluator(pipeline, prepared.costs, Ledger(folder.ledger_of(level)), executor)
+    return Evaluator(pipeline, prepared.costs, Ledger(folder.ledger_of(level)), executor, at_once)

@@ -12,7 +12,7 @@ from autoprune.evaluation import AGREEMENT, Candidate, Evaluator, Measurement
 from autoprune.finaliser import FULL_LR, PrunedNetwork
 from autoprune.pareto import front, hypervolume, pick
 from autoprune.preparation import Prepared, evaluator_of, prepare
-from autoprune.run import RunFolder, write_json
+from autoprune.run import FORMAT, RunFolder, write_json
 from autoprune.sensitivity import SensitivityReport
 from autoprune.settings import SearchSettings
 from autoprune.task import Task
@@ -94,10 +94,14 @@ class SearchResult:
         Raises:
             RunError: It is not of this search, or does not measure what the ledger says.
         """
-        for evaluator in self._evaluators:
+        return rebuild(self._evaluators[self._level(candidate)], candidate, rule)
+
+    def _level(self, candidate: Candidate) -> int:
+        """Return the rung that a candidate was measured on."""
+        for level, evaluator in enumerate(self._evaluators):
             known = evaluator.ledger.get(candidate.id)
             if known is not None and known.measurements == candidate.measurements:
-                return rebuild(evaluator, candidate, rule)
+                return level
         raise RunError(f"candidate {candidate.id} is not one of {self.run}; give one of result.candidates")
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,12 +123,13 @@ class SearchResult:
                 "save another candidate elsewhere: result.pick(...).save(folder)"
             )
         chosen = network.candidate
-        uniform = uniform_at(self._prepared, self._evaluator, chosen.cost)
+        level = self._level(chosen)
+        uniform = uniform_at(self._prepared, self._evaluators[level], chosen.cost)
         self.summary = {
             **self.summary,
             "evaluations": len(self._evaluators[0].ledger),
             "rungs": rungs_of(self._evaluators),
-            "picked": point_of(chosen) | {"removed": dict(chosen.removed), "rule": network.rule},
+            "picked": point_of(chosen) | {"removed": dict(chosen.removed), "rule": network.rule, "level": level},
             "uniform": None if uniform is None else point_of(uniform),
             "predicted": predicted(self._folder, chosen),
         }
@@ -162,11 +167,12 @@ class SearchResult:
         if task.test_read:
             raise TestSetError("the test set has been read already; finalize before, or instead of, testing by hand")
         picked = self.summary["picked"]
-        chosen = self._evaluator.ledger.get(picked["id"])
+        evaluator = self._evaluators[picked["level"]]
+        chosen = evaluator.ledger.get(picked["id"])
         if chosen is None:
             raise RunError(f"the picked candidate {picked['id']} is not in the ledger of {self.run}")
-        recipe = dataclasses.replace(self._evaluator.pipeline.recovery.recipe, lr=lr)
-        rebuilt = rebuild(self._evaluator, chosen, picked["rule"])
+        recipe = dataclasses.replace(evaluator.pipeline.recovery.recipe, lr=lr)
+        rebuilt = rebuild(evaluator, chosen, picked["rule"])
         network = rebuilt.finetune(epochs, recipe=recipe, progress=progress)
         final: dict[str, Any] = {"epochs": epochs, "lr": lr, "val": record_of(network.measured)}
         if task.n_test:
@@ -207,6 +213,8 @@ def open_run(path: str | Path, task: Task) -> SearchResult:
     """
     folder = RunFolder(path)
     config, summary = folder.read(folder.config), folder.read(folder.result)
+    if config["format"] != FORMAT:
+        raise RunError(f"{folder.path} is of another version of autoprune (format {config['format']}, not {FORMAT})")
     for what, digest in task.digest().items():
         if config["digest"].get(what) != digest:
             raise RunError(

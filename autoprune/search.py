@@ -25,6 +25,7 @@ from autoprune.cost import Budget, FeasibleSet, Limit, compare
 from autoprune.errors import (
     ConfigError,
     DivergedError,
+    ExecutorError,
     RecoveryWarning,
     SearchOver,
     TaskError,
@@ -124,7 +125,7 @@ def search(
     watcher = progress or Silent()
     started = time.monotonic()
     folder = RunFolder(out)
-    runs = executor or InProcess()
+    runs = InProcess() if executor is None else executor
     described = task.describe()
     config = {
         "format": FORMAT,
@@ -138,14 +139,14 @@ def search(
         "versions": _versions(),
     }
     going_on = folder.claim(config, ("digest", "measures", "search", "agent"))
-    runs.at_once = folder.read(folder.config)["parallel"]["at_once"]
+    at_once = folder.read(folder.config)["parallel"]["at_once"]
     prepared = prepare(task, options, folder)
     if going_on and folder.result.exists():
         summary = folder.read(folder.result)
         if summary["stopped"] != TIME_LIMIT:
             watcher.line(f"{folder.path} holds this search's result already")
             return SearchResult(folder, prepared, evaluators_of(prepared, folder, summary), summary)
-    evaluator = evaluator_of(prepared, folder, runs)
+    evaluator = evaluator_of(prepared, folder, runs, at_once=at_once)
     if going_on:
         watcher.line(f"going on with {folder.path}: {len(evaluator.ledger)} candidates are there")
     if reuse is not None and not folder.sensitivity.exists():
@@ -202,7 +203,8 @@ class _Search:
             status = "KILLED"
             raise
         finally:
-            self.executor.close()
+            with contextlib.suppress(ExecutorError):
+                self.executor.close()
             folder = self.folder
             files = (folder.config, folder.sensitivity, folder.ledger, folder.front, folder.report, folder.figures)
             metrics = {f"picked.{k}": v for k, v in summary.get("picked", {}).items() if isinstance(v, int | float)}
@@ -254,13 +256,16 @@ class _Search:
             with contextlib.suppress(DivergedError):  # what candidates make of it is on record
                 self.evaluator.pipeline.train(model, tried, self.settings.recovery.recipe, 0, uniform)
             training = (time.monotonic() - started) / tried * steps
-        each = recovering + training + passing * (2 if steps else 1)
+        tuned = recovering + training + passing * (2 if steps else 1)
+        each = recovering + passing if self._rungs() else tuned
         cells = len(self.prepared.structure) * len(self.settings.sensitivity)
         count = self.settings.candidates + self.settings.control_size + 2
+        above = sum((rung.candidates + 2) * (tuned + training * (rung.steps / steps - 1)) for rung in self._rungs())
         self.progress.line(
             f"at most {cells} sensitivity cells of {recovering + passing:.1f} s and "
-            f"{count} evaluations of {each:.1f} s: "
-            f"{_minutes(cells * (recovering + passing) + count * each)}"
+            f"{count} evaluations of {each:.1f} s"
+            + (f", then {above:.0f} s of fine-tuning the best" if above else "")
+            + f": {_minutes(cells * (recovering + passing) + count * each + above)}"
             + ("" if self.settings.time_limit is None else f", stopped after {_minutes(self.settings.time_limit)}")
         )
         return dense
@@ -302,7 +307,8 @@ class _Search:
         if len(self.evaluator.ledger):
             return -math.inf
         limit = self.settings.time_limit
-        return None if limit is None else self.started + limit / 2
+        share = _UNTIL_PROMOTED if self._rungs() else 1.0
+        return None if limit is None else self.started + share * limit / 2
 
     # -- search ---------------------------------------------------------------------------------------------------
 
@@ -344,19 +350,19 @@ class _Search:
         """Fine-tune the best candidates, and the best of these for longer; the controls beside them.
 
         Returns:
-            The evaluators of all rungs, the search's first. A rung that the time limit leaves without two of the
-            agent's candidates is not among them.
+            The evaluators of all rungs, the search's first. A rung that the time limit, or failures, leave without two
+            of the agent's candidates is not among them.
         """
         evaluators = [self.evaluator]
         value = None if self._trades(agent) else self._value(dense)
+        below = measured(self.evaluator.ledger)
+        uniform = self.prepared.structure.rounded(self._uniform(1.0)).id
         for rung in self._rungs():
-            below = measured(evaluators[-1].ledger)
             own = best([c for c in below if c.arm == "search"], rung.candidates, value)
-            controls = [c for c in below if c.arm == "uniform"] + best(
-                [c for c in below if c.arm == "random"], 1, value
-            )
+            controls = [c for c in below if c.id == uniform] + best([c for c in below if c.arm == "random"], 1, value)
             evaluators[-1].close()
-            evaluator = evaluator_of(self.prepared, self.folder, self.executor, rung.level, rung.steps)
+            at_once = self.evaluator.at_once
+            evaluator = evaluator_of(self.prepared, self.folder, self.executor, rung.level, rung.steps, at_once)
             self.progress.begin(f"fine-tuning for {rung.steps} steps", len(controls) + len(own))
             said = itertools.count(1)
 
@@ -367,15 +373,18 @@ class _Search:
             evaluator.watch = watch
             results = []
             for candidate in [*controls, *own]:
+                evaluator.make_room()  # which takes time
                 known = evaluator.ledger.get(candidate.id) is not None
                 if known or self.deadline is None or time.monotonic() < self.deadline:
                     results.append(evaluator.submit(candidate.policy, arm=candidate.arm, agent=candidate.agent))
                 else:
                     self.late = True
-            done = [result() for result in results]
+            below = measured(result() for result in results)
             self.progress.end()
             evaluator.watch = self._log
-            if sum(c.arm == "search" and c.failure is None for c in done) < 2:
+            if sum(c.arm == "search" for c in below) < 2:
+                left = "no time for two candidates" if self.late else "fewer than two candidates bore it"
+                self.progress.line(f"fine-tuning for {rung.steps} steps is left out: {left}")
                 break
             evaluators.append(evaluator)
         return evaluators
@@ -434,7 +443,7 @@ class _Search:
             arm.submit,
             value=value,
             evaluations=arm.limit,
-            at_once=self.evaluator.executor.at_once,
+            at_once=self.evaluator.at_once,
             warm_starts=warm_starts,
             layers=layer_facts(self.prepared.task.model, self.prepared.task.example_input, structure),
             slopes=slopes,
@@ -538,7 +547,7 @@ class _Search:
             "dense": dense_record,
             "budget": self.settings.budget,
             "max_drop": self.settings.max_drop,
-            "picked": point_of(chosen) | {"removed": dict(chosen.removed), "rule": rule},
+            "picked": point_of(chosen) | {"removed": dict(chosen.removed), "rule": rule, "level": len(evaluators) - 1},
             "uniform": None if uniform is None else point_of(uniform),
             "random": {
                 "size": sum(c.arm == "random" for c in self.evaluator.ledger),

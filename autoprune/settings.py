@@ -10,6 +10,7 @@ from autoprune.cost import Budget
 from autoprune.errors import ConfigError, UnknownNameError
 from autoprune.evaluation import PRECISIONS, RUNGS, Recovery
 from autoprune.finetuning import Recipe
+from autoprune.ladder import FEWEST, rungs
 from autoprune.structure.analysis import KINDS
 from autoprune.structure.weights import WeightKind
 
@@ -106,6 +107,11 @@ class SearchSettings:
             raise ConfigError(f"`0 < promote <= 0.5` or `promote == 1` must hold, but got promote={self.promote}")
         if self.promote < 1 and not self.finetune_steps:
             raise ConfigError("`promote` says who is fine-tuned, but there are no steps; give finetune_steps")
+        if self.promote < 1 and not rungs(self.candidates, self.finetune_steps, self.promote):
+            raise ConfigError(
+                f"{self.promote:g} of {self.candidates} candidates are fewer than {FEWEST}, too few to compare; raise "
+                "promote or candidates"
+            )
         if not 0 < self.max_sparsity < 1:
             raise ConfigError(f"`0 < max_sparsity < 1` must hold, but got max_sparsity={self.max_sparsity}")
         if not all(0 < s < 1 for s in self.sensitivity):

@@ -303,8 +303,8 @@ class _Runs:
     ) -> None:
         self._client = client
         self.uri = client.tracking_uri
-        self._logged: set[tuple[str, str]] = set()  # policy and fidelity
-        self._unfinished: dict[tuple[str, str], str] = {}
+        self._logged: set[tuple[str, ...]] = set()  # policy, fidelity and steps
+        self._unfinished: dict[tuple[str, ...], str] = {}
         run = None if parent_run_id is None else self._find(parent_run_id)
         if run is None:
             run = client.create_run(self._experiment_id(experiment), tags=_tags(tags), run_name=run_name)
@@ -350,7 +350,7 @@ class _Runs:
                 page_token=token,
             )
             for run in page:
-                key = (run.data.tags.get("policy_id", ""), run.data.tags.get("fidelity", ""))
+                key = tuple(run.data.tags.get(tag, "") for tag in ("policy_id", "fidelity", "steps"))
                 if run.info.end_time is None:  # the process was killed within the run
                     self._unfinished[key] = run.info.run_id
                 else:
@@ -361,7 +361,7 @@ class _Runs:
 
     def log_candidate(self, candidate: Candidate, at: float) -> None:
         """Log a candidate as a nested run that ended at a Unix time."""
-        key = (candidate.id, candidate.fidelity)
+        key = (candidate.id, candidate.fidelity, str(candidate.steps))
         if key in self._logged:
             return
         run_id = self._unfinished.get(key)
@@ -517,6 +517,7 @@ def _candidate_tags(candidate: Candidate) -> dict[str, str]:
         "arm": candidate.arm,
         "fidelity": candidate.fidelity,
         "policy_id": candidate.id,
+        "steps": str(candidate.steps),
     }
     return _tags(tags if candidate.failure is None else tags | {"failure": candidate.failure})
 

@@ -239,7 +239,7 @@ def rank_table(rows: Sequence[dict[str, Any]], target: str) -> str:
     last = np.array([row[target] for row in rows])
     better = last >= np.median(last)
     lines = [
-        "| what is known of a policy | tau, all | tau, better half | picked by it | accuracy, mean | seconds a policy |",
+        "| what is known of a policy | tau, all | tau, better half | picked by it | accuracy, mean | seconds each |",
         "|---|---|---|---|---|---|",
     ]
     measuring = float(np.median([row["seconds"]["measuring"] for row in rows]))

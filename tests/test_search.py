@@ -311,6 +311,7 @@ def test_the_result_says_what_happened(done: Done) -> None:
     best = max(lines, key=lambda line: (line["measurements"][-1]["accuracy"], -line["macs"]))
     assert result["picked"] == {
         **{key: best[key] for key in ("id", "arm", "policy", "removed", "macs", "params", "bytes")},
+        "level": 0,
         **{key: best[key] for key in ("activations", "nonzero_params", "nonzero_macs")},
         **{key: best["measurements"][-1][key] for key in ("accuracy", "accuracy_se", "fidelity")},
         "rule": "most accurate within macs<=50%",
@@ -607,7 +608,35 @@ def test_the_best_are_fine_tuned_after_the_search_and_the_pick_is_one_of_them(
     assert {c.fidelity for c in result.front} == {"short"}
     again = open_run(tmp_path / "run", make_task())
     assert again.pick().measured == result.pick().measured
-    assert again.network(ground[-1]).measured.fidelity == "recalibrated"  # one that stayed behind
+    behind = again.network(ground[-1])
+    assert behind.measured.fidelity == "recalibrated"
+    again.choose(behind)  # beside a uniform of the same fidelity
+    assert again.summary["uniform"]["fidelity"] == "recalibrated"
+    final = open_run(tmp_path / "run", make_task()).finalize(1, tracker=NullTracker())
+    assert final.candidate.id == behind.candidate.id
+
+
+def test_finalists_that_all_diverge_leave_the_pick_to_the_search(
+    tmp_path: Path, light: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(self: Pipeline, *_: Any) -> None:
+        raise DivergedError("the loss is nan at fine-tuning step 1 of 2")
+
+    monkeypatch.setattr(Pipeline, "train", diverging)
+    watcher = Watcher()
+    result = run(tmp_path / "run", progress=watcher, **LADDER)
+    assert "fine-tuning for 2 steps is left out: fewer than two candidates bore it" in watcher.lines
+    assert result.summary["picked"]["fidelity"] == "recalibrated"
+    again = run(tmp_path / "again", **LADDER)
+    assert again.summary["picked"] == result.summary["picked"]
+
+
+def test_a_run_of_another_version_is_refused(tmp_path: Path, light: None) -> None:
+    run(tmp_path / "run", candidates=2, control=0, sensitivity=(), finetune_steps=0)
+    config = read(tmp_path / "run" / "config.json")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"format": 2}))
+    with pytest.raises(RunError, match=r"is of another version of autoprune \(format 2, not 3\)"):
+        open_run(tmp_path / "run", make_task())
 
 
 def test_a_ladder_killed_anywhere_ends_the_same(tmp_path: Path, light: None) -> None:

@@ -65,6 +65,8 @@ def test_values_out_of_range_are_refused_with_rule_and_value(name: str, value: o
 def test_promotion_needs_steps() -> None:
     with pytest.raises(ConfigError, match="`promote` says who is fine-tuned, but there are no steps"):
         SearchSettings(promote=0.25)
+    with pytest.raises(ConfigError, match=r"0\.25 of 12 candidates are fewer than 4, too few to compare"):
+        SearchSettings(promote=0.25, finetune_steps=50, candidates=12)
     assert SearchSettings(promote=0.25, finetune_steps=50).recovery.finetune_steps == 0
     assert SearchSettings(finetune_steps=50).recovery.finetune_steps == 50
 

@@ -196,7 +196,7 @@ class TestStore:
             "short.loss_se": 0.1,
         }
         own = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.")}
-        assert own == {"agent": "tpe", "arm": "search", "fidelity": "short", "policy_id": PLAIN.id}
+        assert own == {"agent": "tpe", "arm": "search", "fidelity": "short", "policy_id": PLAIN.id, "steps": "0"}
 
     def test_odd_and_many_group_names_are_all_there(self, logged: Logged) -> None:
         params = logged.children["candidate 2"].data.params
@@ -313,7 +313,7 @@ class TestResume:
         assert logged.client.get_run(first.run_id).info.status == "KILLED"
         half_logged = made(9)
         experiment = logged.client.get_run(first.run_id).info.experiment_id
-        tags = {"mlflow.parentRunId": first.run_id, "policy_id": half_logged.id, "fidelity": "short"}
+        tags = {"mlflow.parentRunId": first.run_id, "policy_id": half_logged.id, "fidelity": "short", "steps": "0"}
         half = logged.client.create_run(experiment, tags=tags, run_name="candidate 9").info.run_id
 
         second = MLflowTracker(experiment="digits", run_name="resumed", parent_run_id=first.run_id)

@@ -30,6 +30,7 @@ class Measurement:
         accuracy_se: Its standard error.
         loss: Mean loss.
         loss_se: Its standard error.
+        steps: Gradient steps before it.
     """
 
     fidelity: str
@@ -37,6 +38,7 @@ class Measurement:
     accuracy_se: float
     loss: float
     loss_se: float
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Candidate:
     """A policy with what was measured of it, at a stated fidelity.
 
     Attributes:
-        number: Position in the ledger.
+        number: Position in the order of proposal.
         id: The policy's id.
         arm: One of `ARMS`.
         agent: Name of the agent that proposed it.
@@ -86,6 +88,11 @@ class Candidate:
     def fidelity(self) -> str:
         """The highest fidelity reached; "none" if nothing was measured."""
         return self.measurements[-1].fidelity if self.measurements else "none"
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps before the last measurement."""
+        return self.measurements[-1].steps if self.measurements else 0
 
     @property
     def macs(self) -> int:

@@ -49,16 +49,25 @@ class Evaluator:
         costs: Prices policies.
         ledger: Where candidates are written, and looked up before anything is evaluated.
         executor: Where evaluations run; by default here, one after another. It is started when it is first needed.
+        at_once: How many may be under way; by default as many as the executor has.
 
     Attributes:
         watch: Called with every candidate as soon as it is known: on disk, or asked for and found there.
     """
 
-    def __init__(self, pipeline: Pipeline, costs: CostModel, ledger: Ledger, executor: Executor | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        costs: CostModel,
+        ledger: Ledger,
+        executor: Executor | None = None,
+        at_once: int | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.costs = costs
         self.ledger = ledger
-        self.executor = executor or InProcess()
+        self.executor: Executor = InProcess() if executor is None else executor
+        self.at_once = self.executor.at_once if at_once is None else at_once
         self.watch: Callable[[Candidate], None] = lambda candidate: None
         self._seen: set[str] = set()
         self._started = False
@@ -97,11 +106,15 @@ class Evaluator:
             self._see(known)
         elif rounded.id not in self._pending:
             self.start()
-            while len(self._pending) >= self.executor.at_once:
-                self._collect()
+            self.make_room()
             self._pending[rounded.id] = _Proposal(self._free_number(), rounded, removed, arm, agent)
             self.executor.submit(rounded)
         return partial(self._result, rounded.id)
+
+    def make_room(self) -> None:
+        """Wait until another evaluation may be begun."""
+        while len(self._pending) >= self.at_once:
+            self._collect()
 
     def evaluate(self, policy: Policy, *, arm: str, agent: str) -> Candidate:
         """Return the candidate of a policy, from the ledger if the same elements were removed before.
@@ -118,7 +131,13 @@ class Evaluator:
 
     def _collect(self) -> None:
         """Write down the evaluation that is done next."""
-        outcome = self.executor.finished()
+        try:
+            outcome = self.executor.finished()
+        except BaseException:  # who interrupts, or mends what was raised, may evaluate the same again
+            self._started = False
+            self._pending.clear()
+            self.executor.close()
+            raise
         proposal = self._pending[outcome.id]
         candidate = Candidate(
             number=proposal.number,
@@ -188,6 +207,7 @@ class Arm:
             return partial(self._result, policy_id)
         if len(self._proposed) >= self.limit:
             raise SearchOver("all evaluations are spent")
+        self._evaluator.make_room()  # which takes time
         late = self._deadline is not None and time.monotonic() >= self._deadline
         if late and self._evaluator.ledger.get(policy_id) is None:
             self._end(TIME_LIMIT)

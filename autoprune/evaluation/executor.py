@@ -31,11 +31,14 @@ class Executor(Protocol):
     `autoprune.testing.ExecutorContract` checks an executor.
 
     Attributes:
-        at_once: Policies that may be under way. A search depends on it: it is how many policies an agent proposes
-            before it knows what became of the first. One that goes on sets it to what it began with.
+        at_once: Policies that should be under way to keep it busy; it takes any number. A search depends on it: it is
+            how many policies an agent proposes before it knows what became of the first.
     """
 
-    at_once: int
+    @property
+    def at_once(self) -> int:
+        """See the class."""
+        ...
 
     def start(self, pipeline: Runs) -> None:
         """Make ready to run a pipeline; called before anything is submitted, and again after `close`."""

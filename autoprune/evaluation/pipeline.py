@@ -7,7 +7,7 @@ times: a pipeline can be pickled, and is as good elsewhere.
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -112,7 +112,8 @@ class Pipeline:
                 return model, tuple(measurements)
             self.train(model, steps, self.recovery.recipe, derive(self.seed, "fine-tuning", policy.id), removed)
             rung = "short"
-        measurements.append(bench.measure(model, bench.precision.full if final else None).summary(rung))
+        last = bench.measure(model, bench.precision.full if final else None).summary(rung)
+        measurements.append(replace(last, steps=steps))
         return model, tuple(measurements)
 
     def train(

@@ -7,9 +7,11 @@ or alone, is replaced by another, wherever there is room, and its policy is run 
 import logging
 import os
 import signal
+import socket
 import sys
 import sysconfig
 import threading
+import traceback
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ __all__ = ["RayExecutor"]
 
 _ATTEMPTS: Final = 5  # workers that a policy may cost before it has failed
 _FAILED_STARTS: Final = 3  # in a row
+_ANSWER: Final = 10.0  # seconds in which a worker that is alive says so, and a cluster that is there
 _ROOM: Final = 2  # policies under way for every worker, so that none waits while results are taken in order
 
 
@@ -39,6 +42,24 @@ _ROOM: Final = 2  # policies under way for every worker, so that none waits whil
 class _Run:
     worker: Any
     policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """What a pipeline raised, and where."""
+
+    error: Exception
+    traceback: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "_Raised":
+        """Keep an exception, or one that says the same where it can't be sent."""
+        told = "".join(traceback.format_exception(error))
+        try:
+            same = ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
+        except Exception:  # as much as classes can object to
+            same = None
+        return cls(error if isinstance(same, Exception) else RuntimeError(f"{type(error).__name__}: {error}"), told)
 
 
 @final
@@ -93,7 +114,7 @@ class RayExecutor:
         """Connect to the cluster, or start one, and begin to start workers.
 
         Raises:
-            ExecutorError: There is no cluster at the address.
+            ExecutorError: There is no cluster at the address, or the task can't be sent.
         """
         threads = self._cpus or (1 if self._address else max(1, torch.get_num_threads() // self.workers))
         if not ray.is_initialized():
@@ -103,7 +124,10 @@ class RayExecutor:
         self._options = {"num_cpus": threads, "num_gpus": float(on_gpu) if self._gpus is None else self._gpus}
         for module in _users_modules():
             register_pickle_by_value(module)
-        self._pipeline = ray.put(pipeline)
+        try:
+            self._pipeline = ray.put(pipeline)
+        except TypeError as error:
+            raise ExecutorError(f"the task can't be sent to workers: {str(error).splitlines()[0]}") from error
         for _ in range(self.workers):
             self._launch()
 
@@ -143,6 +167,7 @@ class RayExecutor:
                 ray.shutdown()
         self._owns_cluster = False
         self._pipeline = None
+        self._failed_starts = 0
         for kept in (self._idle, self._starting, self._running, self._waiting, self._attempts):
             kept.clear()
 
@@ -155,10 +180,14 @@ class RayExecutor:
         if not self._address:
             local = {"num_cpus": self.workers * threads, "include_dashboard": False}
         try:
+            if self._address and self._address != "auto":
+                host, _, port = self._address.rpartition(":")
+                socket.create_connection((host.rpartition("/")[2], int(port)), _ANSWER).close()  # ray waits for minutes
             with _signals_kept():
                 ray.init(self._address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-        except ConnectionError as error:
-            raise ExecutorError(f"there is no Ray cluster at {self._address}: {error}") from error
+        except (OSError, RuntimeError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            raise ExecutorError(f"there is no Ray cluster at {self._address or 'this machine'}: {said}") from error
         self._owns_cluster = True
 
     def _launch(self) -> None:
@@ -183,27 +212,41 @@ class RayExecutor:
 
     def _dispatch(self) -> None:
         while self._waiting and self._idle:
-            worker, policy = self._idle.pop(), self._waiting.popleft()
-            self._running[worker.run.remote(policy)] = _Run(worker, policy)
+            worker = self._idle.pop()
+            if self._lives(worker):  # else its death would count against the policy
+                policy = self._waiting.popleft()
+                self._running[worker.run.remote(policy)] = _Run(worker, policy)
+            else:
+                self._replace(worker)
+
+    def _lives(self, worker: Any) -> bool:
+        try:
+            ray.get(worker.ready.remote(), timeout=_ANSWER)
+        except RayError:
+            return False
+        return True
+
+    def _replace(self, worker: Any) -> None:
+        self.lost += 1
+        ray.kill(worker)
+        self._launch()
 
     def _take(self, ready: Any) -> Outcome | None:
         """Return what a worker made of its policy; None where it died and the policy is in line again."""
         run = self._running.pop(ready)
         try:
-            outcome: Outcome = ray.get(ready)
-        except RayTaskError:  # what the pipeline raised
-            self._idle.append(run.worker)
-            raise
+            outcome: Outcome | _Raised = ray.get(ready)
         except RayError as error:
-            self.lost += 1
-            ray.kill(run.worker)
-            self._launch()
+            self._replace(run.worker)
             self._attempts[run.policy.id] += 1
             if self._attempts[run.policy.id] < _ATTEMPTS:
                 self._waiting.appendleft(run.policy)
                 return None
             return Outcome(run.policy.id, (), 0.0, f"{_ATTEMPTS} workers died of it: {type(error).__name__}")
         self._idle.append(run.worker)
+        if isinstance(outcome, _Raised):
+            outcome.error.add_note(outcome.traceback)
+            raise outcome.error
         return outcome
 
 
@@ -217,9 +260,12 @@ class _Worker:
     def ready(self) -> None:
         """Return when the pipeline is there."""
 
-    def run(self, policy: Policy) -> Outcome:
-        """Run the pipeline."""
-        return self._pipeline(policy)
+    def run(self, policy: Policy) -> "Outcome | _Raised":
+        """Run the pipeline; what it raises is returned, since not every exception survives being raised elsewhere."""
+        try:
+            return self._pipeline(policy)
+        except Exception as error:  # it is raised where the search is
+            return _Raised.of(error)
 
 
 _ACTOR: Final[Any] = ray.remote(max_restarts=0, max_task_retries=0)(_Worker)
@@ -230,9 +276,11 @@ def _users_modules() -> Iterator[ModuleType]:
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     for name, module in tuple(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if not file or name == "__main__" or name.partition(".")[0] == "autoprune":
+        if not file or not Path(file).is_absolute() or getattr(module, "__name__", None) != name:
             continue
-        if installed.isdisjoint(Path(file).resolve().parents):
+        parents = Path(file).resolve().parents
+        elsewhere = {parent.name for parent in parents} & {"site-packages", "dist-packages"}
+        if name.partition(".")[0] not in ("autoprune", "__main__") and not elsewhere and installed.isdisjoint(parents):
             yield module
 
 
@@ -246,4 +294,4 @@ def _signals_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

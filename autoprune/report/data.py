@@ -52,7 +52,7 @@ class Run:
         name: The folder's own name.
         config: `config.json`.
         ledger: The lines of `ledger.jsonl`, in the order of proposal, failed candidates too; then those of finalists
-            that are not there.
+            that are not there, or failed.
         rows: The measured ones of `ledger.jsonl`.
         finalists: Those that were fine-tuned after the search, as they are then, on the last rung of the ladder; empty
             where there is none.
@@ -146,10 +146,11 @@ def read_run(folder: Path) -> Run:
     files = {name: _read_json(folder / name) if (folder / name).is_file() else None for name in OPTIONAL}
     level = len((files["result.json"] or {}).get("rungs") or [0]) - 1
     last = _read_ledger(RunFolder(folder).ledger_of(level)) if level else []
+    known = {line["id"] for line in ledger}
     return Run(
         name=folder.resolve().name,
         config=_read_json(folder / "config.json"),
-        ledger=[*ledger, *(line for line in last if line["id"] not in {known["id"] for known in ledger})],
+        ledger=[*ledger, *(line for line in last if line.get("failure") or line["id"] not in known)],
         rows=[_row(line) for line in ledger if _is_measured(line)],
         finalists=[_row(line) for line in last if _is_measured(line)],
         sensitivity=files["sensitivity.json"],

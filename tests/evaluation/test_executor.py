@@ -196,7 +196,49 @@ def test_a_closed_evaluator_goes_on_in_this_process(make: Callable[[Executor | N
     assert evaluator.evaluate(policies(1)[0], arm="search", agent="a").number == 1  # number 0 was dropped
 
 
+class Interrupted(Shuffled):
+    """Is interrupted once."""
+
+    interrupted = False
+
+    def finished(self) -> Outcome:
+        if not self.interrupted:
+            self.interrupted = True
+            raise KeyboardInterrupt
+        return super().finished()
+
+
+def test_what_was_interrupted_can_be_evaluated_again(make: Callable[[Executor | None], Evaluator]) -> None:
+    evaluator = make(Interrupted(2, 0))
+    evaluator.submit(policies(2)[1], arm="search", agent="a")
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.evaluate(policies(1)[0], arm="search", agent="a")
+    assert len(evaluator.ledger) == 0
+    assert evaluator.evaluate(policies(1)[0], arm="search", agent="a").failure is None
+
+
 class TestArm:
+    def test_room_is_made_before_the_clock_is_read(
+        self, make: Callable[[Executor | None], Evaluator], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An agent that takes no results begins nothing after the deadline either."""
+        now = 0.0
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        evaluator = make(None)
+        begun: list[float] = []
+
+        def measuring(candidate: Candidate) -> None:
+            nonlocal now
+            begun.append(now)
+            now += 10.0
+
+        evaluator.watch = measuring
+        arm = Arm(evaluator, "random", "random", 8, deadline=25.0)
+        with pytest.raises(SearchOver, match="time limit"):
+            list(map(arm.submit, policies(8)))
+        arm.drain()
+        assert begun == [0.0, 10.0, 20.0]
+
     def test_it_counts_what_was_begun(self, make: Callable[[Executor | None], Evaluator]) -> None:
         evaluator = make(InProcess(at_once=8))
         arm = Arm(evaluator, "search", "tpe", 3)

@@ -104,6 +104,53 @@ def test_workers_are_replaced_while_nobody_looks(executor: RayExecutor) -> None:
     assert executor.lost == len(pids)
 
 
+def test_workers_that_die_while_idle_cost_no_policy_anything(executor: RayExecutor) -> None:
+    executor.start(Slow())
+    for policy in policies(2):
+        executor.submit(policy)
+    pids = {executor.finished().failure for _ in range(2)}
+    while len(executor._idle) + len(executor._starting) < 2:
+        time.sleep(0.01)
+    for pid in pids:
+        os.kill(int(str(pid)), signal.SIGKILL)
+    time.sleep(0.5)
+    executor.submit(policies(3)[2])
+    assert executor.finished().failure not in pids
+    assert not executor._attempts  # nobody died of it
+
+
+class Awkward(Exception):
+    """Can't be made from what pickle has of it."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class Raising:
+    """Raises what does not travel."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, policy: Policy) -> Outcome:
+        raise Awkward(1, 2)
+
+
+def test_an_exception_that_cannot_be_sent_is_told_in_another(executor: RayExecutor) -> None:
+    executor.start(Raising())
+    executor.submit(policies(1)[0])
+    with pytest.raises(RuntimeError, match="Awkward: 1 and 2") as raised:
+        executor.finished()
+    assert "raise Awkward(1, 2)" in "".join(raised.value.__notes__)
+    assert executor.lost == 0
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_a_cluster_that_is_not_there_is_an_error_at_once(address: str) -> None:
+    executor = RayExecutor(1, address=address)
+    with pytest.raises(ExecutorError, match=f"there is no Ray cluster at {address}: "):
+        executor._connect(1)
+
+
 class Slow:
     """Says which process it runs in."""
 
