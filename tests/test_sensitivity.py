@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from autoprune.cost import CostModel, FeasibleSet
 from autoprune.errors import ConfigError, RunError
-from autoprune.evaluation import Measurement, Precision, Workbench, evaluator
+from autoprune.evaluation import Measurement, Precision, Workbench, workbench
 from autoprune.finetuning import Recipe, recalibrate, train
 from autoprune.policy import Policy
 from autoprune.scoring import Evidence, removal_orders
@@ -98,13 +98,13 @@ def make_setup(network: nn.Module, monkeypatch: pytest.MonkeyPatch, **task_optio
     structure = analyse_structure(task.model, task.example_input)
     orders = removal_orders(L1().score(task.model, structure, Evidence([], task.loss, 0)))
     made = Setup(task, Workbench(task, structure, orders, 200, 0), CostModel(task.model, task.example_input, structure))
-    real = evaluator.measure
+    real = workbench.measure
 
     def measured(*args: Any) -> Any:
         made.passes += 1
         return real(*args)
 
-    monkeypatch.setattr(evaluator, "measure", measured)
+    monkeypatch.setattr(workbench, "measure", measured)
     return made
 
 

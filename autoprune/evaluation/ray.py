@@ -4,6 +4,7 @@ A worker is an actor that holds the pipeline, which is put once into the object 
 or alone, is replaced by another, wherever there is room, and its policy is run again by whoever is free.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import sysconfig
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +184,7 @@ class RayExecutor:
             if self._address and self._address != "auto":
                 host, _, port = self._address.rpartition(":")
                 socket.create_connection((host.rpartition("/")[2], int(port)), _ANSWER).close()  # ray waits for minutes
-            with _signals_kept():
+            with _signals_kept(), contextlib.chdir(os.sep):  # workers would import what lies in the working directory
                 ray.init(self._address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
         except (OSError, RuntimeError, ValueError) as error:
             said = str(error).splitlines()[0]
@@ -191,7 +192,7 @@ class RayExecutor:
         self._owns_cluster = True
 
     def _launch(self) -> None:
-        worker = _ACTOR.options(**self._options).remote(self._pipeline, self._threads)
+        worker = _ACTOR.options(**self._options).remote([self._pipeline], self._threads, str(Path.cwd()))
         self._starting[worker.ready.remote()] = worker
 
     def _welcome(self, ready: Any) -> None:
@@ -253,9 +254,11 @@ class RayExecutor:
 class _Worker:
     """Holds a pipeline in a process of its own."""
 
-    def __init__(self, pipeline: Runs, threads: int) -> None:
+    def __init__(self, stored: Sequence[Any], threads: int, folder: str) -> None:
+        if Path(folder).is_dir():
+            os.chdir(folder)  # the search's, which paths may be relative to
         torch.set_num_threads(threads)
-        self._pipeline = pipeline
+        self._pipeline: Runs = ray.get(stored[0])
 
     def ready(self) -> None:
         """Return when the pipeline is there."""
