@@ -54,7 +54,14 @@ class AnalyticAgent:
         rng = np.random.default_rng(seed)
         best, power, highest = np.zeros(len(env.feasible.structure)), POWER, -np.inf
         seen: set[Policy] = set()
-        for other, candidate in in_turn(env, self._solved(env, predicted, seen)):
+
+        def solved() -> Iterator[tuple[float, Result]]:
+            for other in _POWERS:
+                policy = predicted.allocate(env.feasible, other)
+                seen.add(policy)
+                yield other, env.submit(policy)
+
+        for other, candidate in in_turn(env, solved()):
             value = env.value(candidate)
             if value > highest:
                 power, highest = other, value
@@ -77,13 +84,6 @@ class AnalyticAgent:
             value = env.value(candidate)
             if value > highest:
                 best, highest = weights, value
-
-    @staticmethod
-    def _solved(env: PruningEnv, predicted: Analytic, seen: set[Policy]) -> Iterator[tuple[float, Result]]:
-        for power in _POWERS:
-            policy = predicted.allocate(env.feasible, power)
-            seen.add(policy)
-            yield power, env.submit(policy)
 
 
 def _weighted(env: PruningEnv, predicted: Analytic, power: float, weights: np.ndarray) -> Policy:

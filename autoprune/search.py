@@ -31,9 +31,9 @@ from autoprune.errors import (
     TaskError,
 )
 from autoprune.evaluation import TIME_LIMIT, Arm, Candidate, Evaluator, Executor, InProcess, Measurement
+from autoprune.evaluation.ladder import Rung, best, rungs
 from autoprune.fidelity import agreements
 from autoprune.finaliser import PrunedNetwork
-from autoprune.ladder import Rung, best, rungs
 from autoprune.policy import Policy
 from autoprune.preparation import Prepared, evaluator_of, prepare
 from autoprune.progress import Progress, Silent

@@ -9,8 +9,8 @@ from autoprune import registry
 from autoprune.cost import Budget
 from autoprune.errors import ConfigError, UnknownNameError
 from autoprune.evaluation import PRECISIONS, RUNGS, Recovery
+from autoprune.evaluation.ladder import FEWEST, rungs
 from autoprune.finetuning import Recipe
-from autoprune.ladder import FEWEST, rungs
 from autoprune.structure.analysis import KINDS
 from autoprune.structure.weights import WeightKind
 
@@ -34,8 +34,8 @@ class SearchSettings:
         finetune_steps: Gradient steps of short fine-tuning for every candidate. None by default: reconstructed,
             policies rank as well without (`benchmarks/closed_form.md`), and the picked one is fine-tuned afterwards.
         promote: Share of the candidates that get those steps, once the agent has finished: the best, then the same
-            share of these for as much longer, and so on (see `autoprune.ladder`). 1: all, as they are proposed, so that
-            the agent learns from what they are afterwards.
+            share of these for as much longer, and so on (see `autoprune.evaluation.ladder`). 1: all, as they are
+            proposed, so that the agent learns from what they are afterwards.
         lr: Peak learning rate of short fine-tuning.
         precision: What candidates are fine-tuned and measured in: "auto" (the fastest that agrees with float32 on this
             machine), "float32" or "bfloat16". The saved network's numbers are in float32.

@@ -21,7 +21,7 @@ _NETWORK = f"{_BASE} structure cost"
 _TRAINING = f"{_NETWORK} {_TASK} moments scoring scheduling"
 _EVALUATION = f"{_TRAINING} finetuning evaluation"
 _PREDICTION = f"{_EVALUATION} separable analytic"
-_OUTPUT = "fidelity pareto ladder report export finaliser tracking result"
+_OUTPUT = "fidelity pareto report export finaliser tracking result"
 _RESULT = f"_version {_PREDICTION} bounds settings preparation sensitivity {_OUTPUT}"
 _PARTS = f"{_RESULT} environment"
 _ALL = f"{_PARTS} search search_spaces agents autoprune"
@@ -49,12 +49,11 @@ LAYERS = {
     "separable": f"{_BASE} structure cost",
     "analytic": f"{_NETWORK} moments scoring separable",
     "finetuning": _TRAINING,
-    "evaluation": f"{_TRAINING} finetuning",
+    "pareto": "errors policy",
+    "evaluation": f"{_TRAINING} finetuning pareto",
     "fidelity": _EVALUATION,
     "bounds": "errors structure",
-    "pareto": "errors policy",
-    "ladder": f"{_EVALUATION} pareto",
-    "settings": f"{_EVALUATION} pareto ladder",
+    "settings": _EVALUATION,
     "sensitivity": _PREDICTION,
     "environment": f"{_PREDICTION} sensitivity",
     "report": "errors policy pareto run",

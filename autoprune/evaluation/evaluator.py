@@ -126,6 +126,8 @@ class Evaluator:
 
     def _result(self, policy_id: str) -> Candidate:
         while (known := self.ledger.get(policy_id)) is None:
+            if policy_id not in self._pending:
+                raise RuntimeError("this evaluation was dropped, when another failed or the evaluator was closed")
             self._collect()
         return known
 

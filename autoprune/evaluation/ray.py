@@ -4,7 +4,6 @@ A worker is an actor that holds the pipeline, which is put once into the object 
 or alone, is replaced by another, wherever there is room, and its policy is run again by whoever is free.
 """
 
-import contextlib
 import logging
 import os
 import signal
@@ -15,7 +14,7 @@ import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,7 @@ from typing import Any, Final, final
 import ray
 import torch
 from ray.cloudpickle import register_pickle_by_value
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from autoprune.errors import ConfigError, ExecutorError
 from autoprune.evaluation.executor import Runs
@@ -184,7 +183,7 @@ class RayExecutor:
             if self._address and self._address != "auto":
                 host, _, port = self._address.rpartition(":")
                 socket.create_connection((host.rpartition("/")[2], int(port)), _ANSWER).close()  # ray waits for minutes
-            with _signals_kept(), contextlib.chdir(os.sep):  # workers would import what lies in the working directory
+            with _signals_kept(), chdir(os.sep):  # workers would import what lies in the working directory
                 ray.init(self._address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
         except (OSError, RuntimeError, ValueError) as error:
             said = str(error).splitlines()[0]
@@ -200,8 +199,6 @@ class RayExecutor:
         worker = self._starting.pop(ready)
         try:
             ray.get(ready)
-        except RayTaskError:
-            raise
         except RayError as error:
             self._failed_starts += 1
             if self._failed_starts >= _FAILED_STARTS:

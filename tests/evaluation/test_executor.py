@@ -210,11 +210,13 @@ class Interrupted(Shuffled):
 
 def test_what_was_interrupted_can_be_evaluated_again(make: Callable[[Executor | None], Evaluator]) -> None:
     evaluator = make(Interrupted(2, 0))
-    evaluator.submit(policies(2)[1], arm="search", agent="a")
+    dropped = evaluator.submit(policies(2)[1], arm="search", agent="a")
     with pytest.raises(KeyboardInterrupt):
         evaluator.evaluate(policies(1)[0], arm="search", agent="a")
     assert len(evaluator.ledger) == 0
     assert evaluator.evaluate(policies(1)[0], arm="search", agent="a").failure is None
+    with pytest.raises(RuntimeError, match="this evaluation was dropped"):
+        dropped()
 
 
 class TestArm:

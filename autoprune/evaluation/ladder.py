@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from autoprune.evaluation import Candidate
+from autoprune.evaluation.candidate import Candidate
 from autoprune.pareto import sorted_by_layers
 
 __all__ = ["FEWEST", "Rung", "best", "rungs"]

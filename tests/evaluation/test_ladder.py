@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from autoprune.cost import Cost
 from autoprune.evaluation import Candidate, Measurement
-from autoprune.ladder import FEWEST, Rung, best, rungs
+from autoprune.evaluation.ladder import FEWEST, Rung, best, rungs
 from autoprune.policy import Policy
 
 
