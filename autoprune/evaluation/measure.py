@@ -1,8 +1,12 @@
 """One pass over a split: scores and losses sample by sample, so that two networks can be compared in pairs."""
 
 import math
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +14,7 @@ from torch import nn
 from autoprune.evaluation.candidate import Measurement
 from autoprune.evaluation.precision import Precision
 from autoprune.inputs import evaluating
+from autoprune.threads import side_by_side
 
 __all__ = ["Samples", "measure"]
 
@@ -44,13 +49,13 @@ def _error(values: torch.Tensor) -> float:
     return float(values.std(correction=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-@torch.no_grad()
 def measure(
     model: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[tuple[Any, torch.Tensor]],
     metric: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     precision: Precision | None = None,
+    twins: Sequence[nn.Module] = (),
 ) -> Samples:
     """Run a network over a split in eval mode; the mode of every module is restored.
 
@@ -60,14 +65,29 @@ def measure(
         metric: Per-sample score, `(outputs, targets) -> (n,)`.
         loss: Per-sample loss, `(outputs, targets) -> (n,)`.
         precision: What it runs in; as it is by default. Outputs are at least float32.
+        twins: Networks that do the same; all take batches in turn, each in a thread of its own.
     """
     precision = precision or Precision()
-    scores, losses = [], []
-    with evaluating(model):
-        for inputs, targets in batches:
-            with precision.running(inputs.device):
-                outputs = model(inputs)
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    ahead, one_at_a_time = enumerate(batches), threading.Lock()
+
+    @torch.no_grad()
+    def run(network: nn.Module) -> None:
+        while True:
+            with one_at_a_time:
+                number, (inputs, targets) = next(ahead, (-1, (None, torch.empty(0))))
+            if number < 0:
+                return
+            with precision.running(targets.device):
+                outputs = network(inputs)
             outputs = outputs.float() if precision.dtype != "float32" else outputs
-            scores.append(metric(outputs, targets).cpu().double())
-            losses.append(loss(outputs, targets).cpu().double())
+            with one_at_a_time:  # these are the user's, who may not have thought of threads
+                found[number] = metric(outputs, targets).cpu().double(), loss(outputs, targets).cpu().double()
+
+    networks = (model, *twins)
+    with ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(evaluating(network))
+        side_by_side([partial(run, network) for network in networks])
+    scores, losses = zip(*(found[number] for number in sorted(found)), strict=True)
     return Samples(torch.cat(scores), torch.cat(losses))

@@ -18,6 +18,7 @@ from torch import nn
 
 from autoprune.cost import Cost
 from autoprune.data import Batch
+from autoprune.evaluation.folding import Folding
 from autoprune.inputs import evaluating
 from autoprune.seeds import seeded_torch
 from autoprune.task import Task
@@ -226,6 +227,8 @@ def _timed(
 ) -> tuple[float, torch.Tensor]:
     """Return the shorter of two passes' seconds, and the outputs."""
     placed = _laid_out(model, precision, inputs)
+    if precision.dtype != "float32":
+        model = Folding(model, placed[:2])(model)
     with precision.running(inputs.device):
         model(placed[:8])
         seconds = []

@@ -18,7 +18,7 @@ from torch import nn
 from autoprune.inputs import evaluating
 from autoprune.structure import Cut
 
-__all__ = ["CutPoint", "Handed", "Prefix"]
+__all__ = ["CutPoint", "Handed", "Prefix", "Resumed"]
 
 _TRIED: Final = 4  # modules that ended last are tried as cut points
 
@@ -57,6 +57,21 @@ class Handed:
     def give(self, value: torch.Tensor, samples: int) -> None:
         """Set the next batch's."""
         self.value, self.samples = value, samples
+
+
+class Resumed(nn.Module):
+    """A network that begins at a cut point (see `Prefix.skipped`): called with inputs and the outputs there."""
+
+    def __init__(self, model: nn.Module, handed: Handed) -> None:
+        super().__init__()
+        self.model = model
+        self._handed = handed
+
+    def forward(self, given: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        """Return the network's outputs for `(inputs, outputs at the cut point)`."""
+        inputs, outputs = given
+        self._handed.give(outputs, len(inputs))
+        return self.model(inputs)
 
 
 @dataclass(frozen=True, slots=True)

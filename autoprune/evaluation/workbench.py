@@ -1,7 +1,7 @@
 """The workbench: a network made ready for slicing and measuring, on one device, with its data beside it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from typing import Any, Self
 
@@ -11,13 +11,15 @@ from torch import nn
 from autoprune.cost import count
 from autoprune.data import Batch
 from autoprune.evaluation.candidate import Measurement
+from autoprune.evaluation.folding import Folding
 from autoprune.evaluation.measure import Samples, measure
 from autoprune.evaluation.precision import Choice, Precision, chosen, until
-from autoprune.evaluation.prefix import CutPoint, Prefix
+from autoprune.evaluation.prefix import CutPoint, Prefix, Resumed
 from autoprune.finetuning import Refit, recalibrate
 from autoprune.scoring import Orders
 from autoprune.seeds import derive
 from autoprune.structure import Cut, Removal, Structure, Weakest, cut, plan
+from autoprune.structure.copying import twin
 from autoprune.task import Task
 from autoprune.threads import suited_threads
 
@@ -27,6 +29,7 @@ _IN_MEMORY = 2 << 30  # bytes of validation inputs that are kept ready; a larger
 _FITTED_MEMORY = 1 << 30  # bytes of activations while layers are fitted, which takes all images at once
 _MOST_FITTED, _FEWEST_FITTED = 500, 32  # images
 _FITTED_EACH, _FITTED_ROWS = 20, 10_000  # output positions of an image, of all images
+_FEWEST_MEASURED = 8  # samples of a batch
 _CACHED = 16 << 20  # bytes of activations of a batch that is measured: what the caches of a processor hold
 _COMPARED = 1000  # samples on which recalibration of the dense network is looked at
 _NUMBER = 4  # bytes of an activation, at most
@@ -93,7 +96,7 @@ class Workbench:
         )
         size = task.n_val * task.example_input.numel() * task.example_input.element_size()
         on_cpu = self.device.type == "cpu"
-        self._batch = max(32, min(500, _CACHED // max(1, dense.activations))) if on_cpu else 500
+        self._batch = max(_FEWEST_MEASURED, min(500, _CACHED // max(1, dense.activations))) if on_cpu else 500
         self._val = list(self.placed(task.val_batches(self._batch))) if size <= _IN_MEMORY else None
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
@@ -148,7 +151,7 @@ class Workbench:
         """
         with suited_threads(self.macs):
             if self.rung == "recalibrated":
-                recalibrate(model, self._calibration, self._running)
+                recalibrate(model, self._calibration, self._running, self._threads)
             else:
                 self._refit(model, change)
 
@@ -164,7 +167,7 @@ class Workbench:
         """
         batches = self.placed(self.task.val_batches()) if self._val is None else self._val
         with suited_threads(self.macs):
-            return measure(model, batches, self.task.metric, self.task.loss, precision or self.precision)
+            return self._measured(model, batches, precision or self.precision)
 
     def probe(self, removed: Mapping[str, int]) -> Samples:
         """Measure the network without some elements, recovered to `rung`; what runs before them is not run again.
@@ -180,17 +183,35 @@ class Workbench:
             return self.measure(self.recovered(removed))
         fitted, measured = self._outputs(point)
         model = cut(self.model, change)
-        with suited_threads(self.macs), self._prefix.skipped(model, point) as handed:
-            handed.give(fitted, len(self._fitting))
-            self._refit(model, change)
-
-            def handing() -> Iterator[Batch]:
-                for (inputs, targets), outputs in zip(self._val or (), measured, strict=True):
-                    handed.give(outputs, len(inputs))
-                    yield inputs, targets
-
+        with suited_threads(self.macs):
+            with self._prefix.skipped(model, point) as handed:
+                handed.give(fitted, len(self._fitting))
+                self._refit(model, change)
             self.executed.append(self._left(point))
-            return measure(model, handing(), self.task.metric, self.task.loss, self.precision)
+            pairs = zip(self._val or (), measured, strict=True)
+            batches = (((inputs, outputs), targets) for (inputs, targets), outputs in pairs)
+            return self._measured(model, batches, self.precision, point)
+
+    def _measured(
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Any, torch.Tensor]],
+        precision: Precision,
+        point: CutPoint | None = None,
+    ) -> Samples:
+        """Measure a network; from a cut point on, if one is given, each input being a pair with its outputs there."""
+        if precision.dtype != "float32":  # which is rounded anyway
+            model = self._folding(model, () if point is None else point.skipped)
+        networks = [model, *(twin(model) for _ in range(1, self._threads))]
+        with ExitStack() as stack:
+            if point is not None:
+                networks = [Resumed(m, stack.enter_context(self._prefix.skipped(m, point))) for m in networks]
+            return measure(networks[0], batches, self.task.metric, self.task.loss, precision, networks[1:])
+
+    @property
+    def _threads(self) -> int:
+        """Batches that run side by side."""
+        return torch.get_num_threads() if self.device.type == "cpu" else 1
 
     def forget(self) -> None:
         """Drop the activations that are kept for probes."""
@@ -206,6 +227,10 @@ class Workbench:
     def begins(self, removed: Mapping[str, int]) -> int:
         """Return when the first module that loses elements begins to run, in the order of modules."""
         return self._prefix.begins(self.change(removed))
+
+    @cached_property
+    def _folding(self) -> Folding:
+        return Folding(self.model, self._fitting[:_SAMPLES])
 
     @cached_property
     def _prefix(self) -> Prefix:
@@ -238,8 +263,8 @@ class Workbench:
         batches = self.placed(self.task.val_batches(self._batch)) if self._val is None else self._val
         some, images = list(until(batches, _COMPARED)), list(until(self._calibration, _COMPARED))
         with suited_threads(self.macs):
-            recalibrate(model, images, self._running)
-            found = [measure(m, some, self.task.metric, self.task.loss, self.precision) for m in (self.model, model)]
+            recalibrate(model, images, self._running, self._threads)
+            found = [self._measured(m, some, self.precision) for m in (self.model, model)]
         return found[0].summary("dense"), found[1].summary("recalibrated")
 
     @cached_property

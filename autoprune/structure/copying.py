@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["copied"]
+__all__ = ["copied", "twin"]
 
 _FUNCTIONS = (type(len), type(lambda: 0))
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type, *_FUNCTIONS})
@@ -52,6 +52,11 @@ def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
                 values[key] = _value(key, value, memo)
     result: nn.Module = copy.deepcopy(model, memo)
     return result
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Return a copy with the same parameters and buffers, which another thread can run at the same time."""
+    return copied(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _not_in(memo: Mapping[int, Any], model: nn.Module) -> list[nn.Module]:

@@ -1,6 +1,7 @@
 """One pass over a split: every sample counts once, and errors are those of the textbook."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -104,3 +105,41 @@ def test_it_runs_in_eval_mode_without_gradients_and_restores_every_mode(outer: b
     assert mean is not None
     assert torch.equal(mean, model.norm.running_mean)  # type: ignore[arg-type]
     assert measured.scores.dtype == measured.losses.dtype == torch.float64
+
+
+def test_twins_take_batches_in_turn_and_samples_stay_in_order() -> None:
+    class Counts(nn.Identity):
+        """Says which batches it had; each waits for the other's first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.had = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.had += 1
+            if self.had == 1:
+                both.wait()
+            return x
+
+    both = threading.Barrier(2, timeout=60)
+    inputs = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(30) % 4
+    batches = [*zip(inputs.split(4), targets.split(4), strict=True)]
+    one, other = Counts(), Counts()
+    found = measure(one, batches, top1, cross_entropy, twins=[other])
+    assert one.had + other.had == len(batches)
+    expected = measure(nn.Identity(), batches, top1, cross_entropy)
+    assert torch.equal(found.losses, expected.losses)
+    assert torch.equal(found.scores, expected.scores)
+    assert one.training
+    assert other.training
+
+
+def test_an_error_in_a_twin_is_raised() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyError("twin")
+
+    batches = [(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))] * 20
+    with pytest.raises(KeyError, match="twin"):
+        measure(Fails(), batches, top1, cross_entropy, twins=[Fails()])

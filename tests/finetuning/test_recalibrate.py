@@ -90,3 +90,15 @@ def test_it_works_in_one_dimension_and_without_affine_parameters() -> None:
     values = torch.randn(40, 3, generator=torch.Generator().manual_seed(2))
     recalibrate(norm, split(values, [20, 20]))
     torch.testing.assert_close(norm.running_mean, values.mean(0))
+
+
+@pytest.mark.parametrize(("sizes", "threads"), [([20, 20, 20], 2), ([10, 20, 5, 24, 1], 3), ([60], 4), ([59, 1], 2)])
+def test_side_by_side_gives_the_statistics_of_one_after_another(sizes: list[int], threads: int) -> None:
+    made = [nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), nn.BatchNorm2d(2)) for _ in range(2)]
+    for model, number in zip(made, (1, threads), strict=True):
+        recalibrate(model, split(images(60), sizes), threads=number)
+    expected, found = (model.state_dict() for model in made)
+    assert list(found) == list(expected)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert all(m.momentum == 0.1 and m.training for m in made[1] if isinstance(m, nn.BatchNorm2d))
