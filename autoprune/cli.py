@@ -277,9 +277,12 @@ def search(
     ] = None,
     finetune_steps: Annotated[int, typer.Option(help="Gradient steps of short fine-tuning for every candidate.")] = 0,
     promote: Annotated[
-        float,
-        typer.Option(help="Share of the candidates that get them, the best, after the search; 1: all, as proposed."),
-    ] = 1.0,
+        str,
+        typer.Option(
+            help="Share of the candidates that get them, the best, after the search; 1: all, as proposed; auto: "
+            "as many as it takes, learnt from some."
+        ),
+    ] = "1",
     lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning.")] = 0.01,
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
@@ -329,7 +332,7 @@ def search(
         "candidates": candidates,
         "control": control,
         "finetune_steps": finetune_steps,
-        "promote": promote,
+        "promote": _share(promote),
         "lr": lr,
         "recover": recover,
         "calibration_images": calibration_images,
@@ -606,6 +609,13 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise ConfigError(f"can't read {text!r} as numbers separated by commas, such as 0.25,0.5,0.75") from error
+
+
+def _share(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _names(text: str) -> tuple[str, ...]:

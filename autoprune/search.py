@@ -13,7 +13,7 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,8 @@ from autoprune.errors import (
     TaskError,
 )
 from autoprune.evaluation import TIME_LIMIT, Arm, Candidate, Evaluator, Executor, InProcess, Measurement
-from autoprune.evaluation.ladder import Rung, best, rungs
-from autoprune.fidelity import agreements
+from autoprune.evaluation.ladder import FEWEST_SAMPLED, HIGHEST, Rung, best, promoted_share, rungs, sample
+from autoprune.fidelity import agreements, kendall
 from autoprune.finaliser import PrunedNetwork
 from autoprune.policy import Policy
 from autoprune.preparation import Prepared, evaluator_of, prepare
@@ -357,31 +357,15 @@ class _Search:
         value = None if self._trades(agent) else self._value(dense)
         below = measured(self.evaluator.ledger)
         uniform = self.prepared.structure.rounded(self._uniform(1.0)).id
-        for rung in self._rungs():
+        ladder, tried = self._rungs(), list[Candidate]()
+        if self.settings.promote == "auto":
+            ladder, tried = self._learn_whom_to_promote([c for c in below if c.arm == "search"], value)
+        for rung in ladder:
             own = best([c for c in below if c.arm == "search"], rung.candidates, value)
             controls = [c for c in below if c.id == uniform] + best([c for c in below if c.arm == "random"], 1, value)
             evaluators[-1].close()
-            at_once = self.evaluator.at_once
-            evaluator = evaluator_of(self.prepared, self.folder, self.executor, rung.level, rung.steps, at_once)
-            self.progress.begin(f"fine-tuning for {rung.steps} steps", len(controls) + len(own))
-            said = itertools.count(1)
-
-            def watch(candidate: Candidate, said: Iterator[int] = said) -> None:
-                self._log(candidate)
-                self.progress.step(next(said), self._said(candidate, ()))
-
-            evaluator.watch = watch
-            results = []
-            for candidate in [*controls, *own]:
-                evaluator.make_room()  # which takes time
-                known = evaluator.ledger.get(candidate.id) is not None
-                if known or self.deadline is None or time.monotonic() < self.deadline:
-                    results.append(evaluator.submit(candidate.policy, arm=candidate.arm, agent=candidate.agent))
-                else:
-                    self.late = True
-            below = measured(result() for result in results)
-            self.progress.end()
-            evaluator.watch = self._log
+            climbing = {c.id: c for c in [*controls, *own, *(tried if rung.level == 1 else ())]}
+            evaluator, below = self._climb(rung, list(climbing.values()))
             if sum(c.arm == "search" for c in below) < 2:
                 left = "no time for two candidates" if self.late else "fewer than two candidates bore it"
                 self.progress.line(f"fine-tuning for {rung.steps} steps is left out: {left}")
@@ -389,8 +373,66 @@ class _Search:
             evaluators.append(evaluator)
         return evaluators
 
+    def _climb(self, rung: Rung, candidates: Sequence[Candidate]) -> tuple[Evaluator, list[Candidate]]:
+        """Measure candidates on a rung, and return its evaluator and what they are there, those that bore it."""
+        at_once = self.evaluator.at_once
+        evaluator = evaluator_of(self.prepared, self.folder, self.executor, rung.level, rung.steps, at_once)
+        self.progress.begin(f"fine-tuning for {rung.steps} steps", len(candidates))
+        said = itertools.count(1)
+
+        def watch(candidate: Candidate) -> None:
+            self._log(candidate)
+            self.progress.step(next(said), self._said(candidate, ()))
+
+        evaluator.watch = watch
+        results = []
+        for candidate in candidates:
+            evaluator.make_room()  # which takes time
+            known = evaluator.ledger.get(candidate.id) is not None
+            if known or self.deadline is None or time.monotonic() < self.deadline:
+                results.append(evaluator.submit(candidate.policy, arm=candidate.arm, agent=candidate.agent))
+            else:
+                self.late = True
+        found = measured(result() for result in results)
+        self.progress.end()
+        evaluator.watch = self._log
+        return evaluator, found
+
+    def _learn_whom_to_promote(
+        self, own: Sequence[Candidate], value: Callable[[Candidate], float] | None
+    ) -> tuple[tuple[Rung, ...], list[Candidate]]:
+        """Fine-tune some candidates from the best to the worst, and return the ladder that how they rank asks for.
+
+        Args:
+            own: The agent's candidates.
+            value: What is to be raised; None where accuracy is traded for cost.
+
+        Returns:
+            The rungs, and the candidates that were tried, which have climbed to the first of them.
+        """
+        most = self._rungs()
+        ranked = best(own, len(own), value)
+        tried = sample(ranked)
+        if len(tried) < FEWEST_SAMPLED:
+            return most, []
+        evaluator, found = self._climb(most[0], tried)
+        evaluator.close()
+        places = {c.id: place for place, c in enumerate(best(found, len(found), value))}
+        both = [(place, places[c.id]) for place, c in enumerate(ranked) if c.id in places]
+        if len(both) < FEWEST_SAMPLED:
+            return most, tried
+        tau = kendall([before for before, _ in both], [after for _, after in both])
+        promoted = promoted_share(tau.value, len(own))
+        self.progress.line(
+            f"fine-tuned, {len(both)} candidates rank as before with Kendall's tau {tau.value:.2f} ({tau.low:.2f} to "
+            f"{tau.high:.2f}): {promoted:.0%} go on"
+        )
+        return rungs(len(own), self.settings.finetune_steps, promoted), tried
+
     def _rungs(self) -> tuple[Rung, ...]:
-        return rungs(self.settings.candidates, self.settings.finetune_steps, self.settings.promote)
+        """Return the ladder, as high as it may be."""
+        share = HIGHEST if isinstance(self.settings.promote, str) else self.settings.promote
+        return rungs(self.settings.candidates, self.settings.finetune_steps, share)
 
     def _trades(self, agent: Any) -> bool:
         """Say whether accuracy is traded for cost, instead of making the best of the whole budget."""

@@ -9,7 +9,7 @@ from autoprune import registry
 from autoprune.cost import Budget
 from autoprune.errors import ConfigError, UnknownNameError
 from autoprune.evaluation import PRECISIONS, RUNGS, Recovery
-from autoprune.evaluation.ladder import FEWEST, rungs
+from autoprune.evaluation.ladder import FEWEST, FEWEST_SAMPLED, HIGHEST, rungs
 from autoprune.finetuning import Recipe
 from autoprune.structure.analysis import KINDS
 from autoprune.structure.weights import WeightKind
@@ -35,7 +35,8 @@ class SearchSettings:
             policies rank as well without (`benchmarks/closed_form.md`), and the picked one is fine-tuned afterwards.
         promote: Share of the candidates that get those steps, once the agent has finished: the best, then the same
             share of these for as much longer, and so on (see `autoprune.evaluation.ladder`). 1: all, as they are
-            proposed, so that the agent learns from what they are afterwards.
+            proposed, so that the agent learns from what they are afterwards. "auto": some from the best to the worst
+            get those steps first, and the better they rank as before, the fewer follow.
         lr: Peak learning rate of short fine-tuning.
         precision: What candidates are fine-tuned and measured in: "auto" (the fastest that agrees with float32 on this
             machine), "float32" or "bfloat16". The saved network's numbers are in float32.
@@ -66,7 +67,7 @@ class SearchSettings:
     criterion: str = "l1"
     recover: str = "reconstructed"
     finetune_steps: int = 0
-    promote: float = 1.0
+    promote: float | str = 1.0
     lr: float = 0.01
     precision: str = "auto"
     calibration_images: int = 2000
@@ -103,15 +104,7 @@ class SearchSettings:
             raise ConfigError(f"`control >= 0` must hold, but got control={self.control}")
         if self.max_drop is not None and not 0 <= self.max_drop < 1:
             raise ConfigError(f"`0 <= max_drop < 1` must hold, but got max_drop={self.max_drop}; 0.01 is one point")
-        if not (0 < self.promote <= 0.5 or self.promote == 1):
-            raise ConfigError(f"`0 < promote <= 0.5` or `promote == 1` must hold, but got promote={self.promote}")
-        if self.promote < 1 and not self.finetune_steps:
-            raise ConfigError("`promote` says who is fine-tuned, but there are no steps; give finetune_steps")
-        if self.promote < 1 and not rungs(self.candidates, self.finetune_steps, self.promote):
-            raise ConfigError(
-                f"{self.promote:g} of {self.candidates} candidates are fewer than {FEWEST}, too few to compare; raise "
-                "promote or candidates"
-            )
+        self._check_promotion()
         if not 0 < self.max_sparsity < 1:
             raise ConfigError(f"`0 < max_sparsity < 1` must hold, but got max_sparsity={self.max_sparsity}")
         if not all(0 < s < 1 for s in self.sensitivity):
@@ -126,10 +119,30 @@ class SearchSettings:
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"`{name} > 0` must hold, but got {name}={getattr(self, name)}")
 
+    def _check_promotion(self) -> None:
+        share = HIGHEST if self.promote == "auto" else self.promote
+        if isinstance(share, str) or not (0 < share <= HIGHEST or share == 1):
+            raise ConfigError(
+                f'`0 < promote <= {HIGHEST}`, `promote == 1` or `promote == "auto"` must hold, but got '
+                f"promote={self.promote!r}"
+            )
+        if share < 1 and not self.finetune_steps:
+            raise ConfigError("`promote` says who is fine-tuned, but there are no steps; give finetune_steps")
+        if self.promote == "auto" and self.candidates < 2 * FEWEST_SAMPLED:
+            raise ConfigError(
+                f"{self.candidates} candidates are too few to learn who to promote; give promote a number, or raise "
+                f"candidates to {2 * FEWEST_SAMPLED}"
+            )
+        if share < 1 and not rungs(self.candidates, self.finetune_steps, share):
+            raise ConfigError(
+                f"{share:g} of {self.candidates} candidates are fewer than {FEWEST}, too few to compare; raise "
+                "promote or candidates"
+            )
+
     def _check_types(self) -> None:
         texts = ("budget", "agent", "space", "criterion", "recover", "precision")
         wholes = ("candidates", "multiple", "control", "finetune_steps", "calibration_images", "seed")
-        numbers = ("max_drop", "promote", "lr", "max_sparsity", "time_limit", "moments_memory", "activations_memory")
+        numbers = ("max_drop", "lr", "max_sparsity", "time_limit", "moments_memory", "activations_memory")
         optional = ("budget", "max_drop", "control", "time_limit")
         for names, kind, word in (
             (texts, str, "text"),
@@ -142,6 +155,8 @@ class SearchSettings:
                     value is None and name in optional
                 ):
                     raise ConfigError(f"`{name}` must be {word}, but got {value!r}")
+        if isinstance(self.promote, bool) or not isinstance(self.promote, int | float | str):
+            raise ConfigError(f'`promote` must be a number or "auto", but got {self.promote!r}')
         if not isinstance(self.bounds, Mapping):
             raise ConfigError(
                 f"`bounds` must be a table, but got {self.bounds!r}; read a file by autoprune.bounds.read_bounds"

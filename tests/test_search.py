@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from autoprune.errors import (
     UnknownNameError,
 )
 from autoprune.evaluation import Candidate, InProcess, Measurement, Outcome, Pipeline, Runs, measure
+from autoprune.evaluation.ladder import best, sample
 from autoprune.fidelity import FEWEST, kendall
 from autoprune.finaliser import PrunedNetwork
 from autoprune.finetuning import Recipe, recalibrate, train
@@ -656,6 +658,30 @@ def test_a_ladder_killed_anywhere_ends_the_same(tmp_path: Path, light: None) -> 
     watcher = Watcher()
     assert run(tmp_path / "killed", progress=watcher, **LADDER).summary == result.summary
     assert watcher.lines[-1].endswith("holds this search's result already")
+
+
+LEARNT: dict[str, Any] = LADDER | {"candidates": 24, "promote": "auto"}
+
+
+def test_who_is_promoted_is_learnt_from_some(tmp_path: Path, light: None) -> None:
+    watcher = Watcher()
+    result = run(tmp_path / "run", progress=watcher, **LEARNT)
+    (said,) = (line for line in watcher.lines if "rank as before" in line)
+    own = [c for c in result.candidates if c.arm == "search"]
+    finalists = (tmp_path / "run" / "finalists.jsonl").read_text().splitlines()
+    climbed = {line["id"] for line in map(json.loads, finalists) if line["arm"] == "search"}
+    ranked = best(own, 24, lambda c: c.at("recalibrated").accuracy)  # type: ignore[union-attr]
+    tried = sample(ranked)
+    number = int(re.search(r"(\d+)% go on", said)[1]) * 24 // 100  # type: ignore[index]
+    assert said.startswith(f"fine-tuned, {len(tried)} candidates rank as before with Kendall's tau ")
+    assert climbed >= {c.id for c in [*tried, *ranked[:number]]}
+    assert len(climbed) <= len(tried) + number + 1
+    assert result.summary["picked"]["fidelity"] == "short"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", tracker=Probe(32), **LEARNT)
+    again = run(tmp_path / "killed", **LEARNT)
+    assert again.summary["picked"] == result.summary["picked"]
+    assert len((tmp_path / "killed" / "finalists.jsonl").read_text().splitlines()) == len(finalists)
 
 
 def test_without_time_for_two_finalists_the_pick_is_of_the_search(

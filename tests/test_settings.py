@@ -69,6 +69,15 @@ def test_promotion_needs_steps() -> None:
         SearchSettings(promote=0.25, finetune_steps=50, candidates=12)
     assert SearchSettings(promote=0.25, finetune_steps=50).recovery.finetune_steps == 0
     assert SearchSettings(finetune_steps=50).recovery.finetune_steps == 50
+    assert SearchSettings(promote="auto", finetune_steps=50).recovery.finetune_steps == 0
+    with pytest.raises(ConfigError, match="there are no steps"):
+        SearchSettings(promote="auto")
+    with pytest.raises(ConfigError, match=r"15 candidates are too few to learn who to promote; .* to 16"):
+        SearchSettings(promote="auto", finetune_steps=50, candidates=15)
+    with pytest.raises(ConfigError, match=r'or `promote == "auto"` must hold, but got promote=\'some\''):
+        SearchSettings(promote="some", finetune_steps=50)
+    with pytest.raises(ConfigError, match='`promote` must be a number or "auto", but got None'):
+        SearchSettings(promote=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sparsities", [(0.0,), (0.5, 1.0), (math.nan,)])

@@ -4,17 +4,28 @@ Successive halving (Jamieson & Talwalkar 2016, https://arxiv.org/abs/1502.07943)
 what an agent learns from is all of one fidelity. Nothing here evaluates.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from autoprune.evaluation.candidate import Candidate
 from autoprune.pareto import sorted_by_layers
 
-__all__ = ["FEWEST", "Rung", "best", "rungs"]
+__all__ = ["FEWEST", "FEWEST_SAMPLED", "HIGHEST", "Rung", "best", "promoted_share", "rungs", "sample"]
 
 FEWEST: Final = 4
 """Candidates below which no rung is worth the time: measuring tells so few apart as they are."""
+HIGHEST: Final = 0.5
+"""Share of the candidates that climb, at most."""
+FEWEST_SAMPLED: Final = 8
+"""Candidates from which the agreement of two fidelities is told, at least."""
+_SAMPLED = 12  # at most
+_LOWEST = 0.1  # share that climbs, however well the fidelities agree
+_SURE = 0.9  # how often the best of all climbs
+_DRAWS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +73,35 @@ def best(
     if value is None:
         return sorted_by_layers(candidates, {"accuracy": "max", "macs": "min"})[:number]
     return sorted(candidates, key=lambda candidate: (-value(candidate), candidate.macs, candidate.id))[:number]
+
+
+def sample(ranked: Sequence[Candidate]) -> list[Candidate]:
+    """Return candidates from which the agreement of two fidelities is told: evenly from the best to the worst.
+
+    Args:
+        ranked: The candidates, the best first; half of them are taken, 12 at most.
+    """
+    number = min(_SAMPLED, len(ranked) // 2)
+    return [ranked[round(place)] for place in np.linspace(0, len(ranked) - 1, number)]
+
+
+def promoted_share(tau: float, candidates: int) -> float:
+    """Return how many of the candidates have to climb for the best of all to be among them nine times in ten.
+
+    As if both fidelities were jointly normal, whose correlation is sin(π τ / 2) (Greiner's relation; Kruskal 1958,
+    "Ordinal measures of association", eq. 4.4).
+
+    Args:
+        tau: Kendall's tau between the fidelities.
+        candidates: How many there are.
+
+    Returns:
+        Their share, in [0.1, 0.5], and of at least `FEWEST` candidates.
+    """
+    correlation = math.sin(math.pi / 2 * min(1.0, max(0.0, tau)))
+    rng = np.random.default_rng(0)
+    early, other = rng.standard_normal((2, _DRAWS, candidates))
+    late = correlation * early + math.sqrt(1 - correlation**2) * other
+    of_the_best = np.take_along_axis(early, late.argmax(1)[:, None], 1)
+    needed = float(np.quantile((early >= of_the_best).sum(1), _SURE)) / candidates
+    return min(HIGHEST, max(_LOWEST, FEWEST / candidates, needed))

@@ -1,12 +1,13 @@
 """Who is promoted, and how far: rungs cost about the same, and the best come first."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprune.cost import Cost
 from autoprune.evaluation import Candidate, Measurement
-from autoprune.evaluation.ladder import FEWEST, Rung, best, rungs
+from autoprune.evaluation.ladder import FEWEST, Rung, best, promoted_share, rungs, sample
 from autoprune.policy import Policy
 
 
@@ -68,3 +69,35 @@ def test_where_accuracy_is_traded_for_cost_the_front_comes_first() -> None:
     assert {c.number for c in best([*behind, *front], 3)} == {0, 1, 2}
     assert [c.number for c in best([*behind, *front], 5)][3:] == [4, 3]
     assert best([*behind, *front], 1) == [front[2]]  # an end of the front
+
+
+def test_a_sample_goes_from_the_best_to_the_worst() -> None:
+    ranked = [candidate(number, 1 - number / 100) for number in range(60)]
+    assert [c.number for c in sample(ranked)] == [0, 5, 11, 16, 21, 27, 32, 38, 43, 48, 54, 59]
+    assert [c.number for c in sample(ranked[:16])] == [0, 2, 4, 6, 9, 11, 13, 15]
+
+
+@pytest.mark.parametrize(
+    ("tau", "candidates", "low", "high"),
+    [(1.0, 60, 0.1, 0.1), (1.0, 10, 0.4, 0.4), (0.0, 60, 0.5, 0.5), (-1.0, 60, 0.5, 0.5), (0.7, 60, 0.1, 0.2)],
+)
+def test_the_better_the_agreement_the_fewer_climb(tau: float, candidates: int, low: float, high: float) -> None:
+    assert low <= promoted_share(tau, candidates) <= high
+
+
+def test_the_best_is_among_those_that_climb_nine_times_in_ten() -> None:
+    """Drawn otherwise than in the code: pairs of a known tau, counted by hand."""
+    rng, n, tau, hits = np.random.default_rng(1), 40, 0.6, 0
+    climbing = int(promoted_share(tau, n) * n + 1e-9)
+    rho = np.sin(np.pi * tau / 2)
+    for _ in range(1000):
+        early, late = rng.multivariate_normal([0, 0], [[1, rho], [rho, 1]], size=n).T
+        hits += int(late.argmax()) in np.argsort(-early)[:climbing]
+    assert 0.87 <= hits / 1000 <= 0.93
+
+
+@given(st.floats(-1, 1), st.integers(8, 300))
+def test_some_climb_and_half_at_most(tau: float, candidates: int) -> None:
+    found = promoted_share(tau, candidates)
+    assert 0.1 <= found <= 0.5
+    assert rungs(candidates, 10, found)
