@@ -283,6 +283,9 @@ def search(
             "as many as it takes, learnt from some."
         ),
     ] = "1",
+    race: Annotated[
+        bool, typer.Option("--race", help="Measure candidates that are clearly worse than uniform no further.")
+    ] = False,
     lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning.")] = 0.01,
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
@@ -333,6 +336,7 @@ def search(
         "control": control,
         "finetune_steps": finetune_steps,
         "promote": _share(promote),
+        "race": race,
         "lr": lr,
         "recover": recover,
         "calibration_images": calibration_images,

@@ -116,6 +116,7 @@ def prepare(task: Task, settings: SearchSettings, folder: RunFolder | None = Non
         settings.recover,
         chosen or settings.precision,
         int(settings.activations_memory * 1e9),
+        settings.race,
     )
     if folder is not None and not chosen:
         write_json(folder.precision, bench.choice.to_dict())
@@ -176,5 +177,7 @@ def evaluator_of(
     recovery = prepared.settings.recovery
     if steps is not None:
         recovery = dataclasses.replace(recovery, finetune_steps=steps)
-    pipeline = Pipeline(prepared.bench, recovery, prepared.settings.seed)
+    racing = prepared.settings.race and recovery.finetune_steps == 0
+    rival = prepared.feasible.policy(prepared.feasible.uniform(1.0)) if racing else None
+    pipeline = Pipeline(prepared.bench, recovery, prepared.settings.seed, rival)
     return Evaluator(pipeline, prepared.costs, Ledger(folder.ledger_of(level)), executor, at_once)

@@ -122,6 +122,8 @@ def search(
         )
     if options.budget is None and options.max_drop is None and searcher.objectives == "one":
         raise ConfigError("a search needs an aim: give a budget such as macs<=50%, or max_drop such as 0.01, or both")
+    if options.race and searcher.objectives == "several":
+        raise ConfigError("`race` compares at one cost, but this agent trades accuracy for cost; leave it out")
     watcher = progress or Silent()
     started = time.monotonic()
     folder = RunFolder(out)
@@ -342,6 +344,9 @@ class _Search:
         arm.drain()
         self.progress.end()
         self.evaluator.watch = self._log
+        if self.settings.race:
+            stopped = [c for c in measured(self.evaluator.ledger) if c.measurements[-1].samples is not None]
+            self.progress.line(f"{len(stopped)} of {len(self.evaluator.ledger)} were clearly worse than uniform early")
         if arm.stopped is not None:
             self.progress.line(f"stopped after {len(arm.candidates)} of {arm.limit} candidates: {arm.stopped}")
         return arm

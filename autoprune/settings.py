@@ -37,6 +37,9 @@ class SearchSettings:
             share of these for as much longer, and so on (see `autoprune.evaluation.ladder`). 1: all, as they are
             proposed, so that the agent learns from what they are afterwards. "auto": some from the best to the worst
             get those steps first, and the better they rank as before, the fewer follow.
+        race: Whether a candidate that is clearly worse than uniform at the whole budget is measured no further, and
+            its accuracy estimated (see `autoprune.evaluation.race`). For agents with one objective, and candidates
+            that are not fine-tuned as they are proposed.
         lr: Peak learning rate of short fine-tuning.
         precision: What candidates are fine-tuned and measured in: "auto" (the fastest that agrees with float32 on this
             machine), "float32" or "bfloat16". The saved network's numbers are in float32.
@@ -68,6 +71,7 @@ class SearchSettings:
     recover: str = "reconstructed"
     finetune_steps: int = 0
     promote: float | str = 1.0
+    race: bool = False
     lr: float = 0.01
     precision: str = "auto"
     calibration_images: int = 2000
@@ -105,6 +109,13 @@ class SearchSettings:
         if self.max_drop is not None and not 0 <= self.max_drop < 1:
             raise ConfigError(f"`0 <= max_drop < 1` must hold, but got max_drop={self.max_drop}; 0.01 is one point")
         self._check_promotion()
+        if self.race and (self.max_drop is not None or self.budget is None):
+            raise ConfigError("`race` compares with uniform at the same cost; give a budget, and no max_drop")
+        if self.race and self.recovery.finetune_steps:
+            raise ConfigError(
+                "`race` saves measuring, which is little where every candidate is fine-tuned first; leave it out, or "
+                "promote a share"
+            )
         if not 0 < self.max_sparsity < 1:
             raise ConfigError(f"`0 < max_sparsity < 1` must hold, but got max_sparsity={self.max_sparsity}")
         if not all(0 < s < 1 for s in self.sensitivity):

@@ -78,7 +78,7 @@ DOORS = {
     "plotly": {"autoprune.report"},
     "ray": {"autoprune.evaluation.ray"},
     "rich": {"autoprune.cli"},
-    "scipy": {"autoprune.structure.labels", "autoprune.fidelity"},
+    "scipy": {"autoprune.structure.labels", "autoprune.evaluation.race", "autoprune.fidelity"},
     "sklearn": {"autoprune.data"},
     "stable_baselines3": {"autoprune.agents.amc"},
     "torch_pruning": set(),

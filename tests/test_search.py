@@ -274,7 +274,7 @@ def test_the_config_holds_everything_resolved(done: Done) -> None:
         **{"sensitivity": [0.25, 0.5, 0.75], "max_sparsity": 0.9, "bounds": {}},
         **{"units": ["channels", "heads"], "multiple": 1, "normalised": False},
         **{"recover": "reconstructed", "moments_memory": 2.0, "precision": "auto"},
-        **{"activations_memory": 2.0, "promote": 1.0},
+        **{"activations_memory": 2.0, "promote": 1.0, "race": False},
     }
     assert {"python", "torch", "optuna", "autoprune"} <= config["versions"].keys()
 
@@ -658,6 +658,22 @@ def test_a_ladder_killed_anywhere_ends_the_same(tmp_path: Path, light: None) -> 
     watcher = Watcher()
     assert run(tmp_path / "killed", progress=watcher, **LADDER).summary == result.summary
     assert watcher.lines[-1].endswith("holds this search's result already")
+
+
+def test_a_race_measures_less_and_picks_as_well(tmp_path: Path, light: None) -> None:
+    given: dict[str, Any] = {"candidates": 10, "sensitivity": (), "finetune_steps": 0, "recover": "recalibrated"}
+    hard = make_task(val=samples(1200, 2))
+    raced, whole = (run(tmp_path / str(race), hard, race=race, **given) for race in (True, False))
+    stopped = [c for c in raced.candidates if c.measurements[-1].samples is not None]
+    uniform = next(c for c in raced.candidates if c.arm == "uniform")
+    assert stopped
+    assert all(c.accuracy < uniform.accuracy for c in stopped)
+    exact = {c.id: c for c in whole.candidates}
+    same = [c for c in raced.candidates if c.measurements[-1].samples is None and c.id in exact]
+    assert all(c.accuracy == pytest.approx(exact[c.id].accuracy) for c in same)
+    assert raced.summary["picked"]["id"] not in {c.id for c in stopped}
+    with pytest.raises(ConfigError, match="`race` compares at one cost"):
+        run(tmp_path / "several", agent="nsga2", race=True, **given)
 
 
 LEARNT: dict[str, Any] = LADDER | {"candidates": 24, "promote": "auto"}

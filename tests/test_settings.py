@@ -139,3 +139,12 @@ def test_a_value_of_another_type_is_one_line(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"`{name}` must be") as error:
         SearchSettings.of({name: value})
     assert "\n" not in str(error.value)
+
+
+def test_a_race_is_at_one_cost_and_of_what_is_not_fine_tuned() -> None:
+    for wrong in ({"max_drop": 0.01}, {"budget": None}):
+        with pytest.raises(ConfigError, match="`race` compares with uniform at the same cost"):
+            SearchSettings(**({"race": True, "budget": "macs<=50%"} | wrong))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="`race` saves measuring, which is little where"):
+        SearchSettings(race=True, budget="macs<=50%", finetune_steps=50)
+    assert SearchSettings(race=True, budget="macs<=50%", finetune_steps=50, promote=0.25).race

@@ -31,6 +31,8 @@ class Measurement:
         loss: Mean loss.
         loss_se: Its standard error.
         steps: Gradient steps before it.
+        samples: On which it was stopped, clearly worse than a rival (see `autoprune.evaluation.race`); the accuracy and
+            loss are then estimates. None: all.
     """
 
     fidelity: str
@@ -39,6 +41,7 @@ class Measurement:
     loss: float
     loss_se: float
     steps: int = 0
+    samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

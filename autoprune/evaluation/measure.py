@@ -31,11 +31,28 @@ class Samples:
     scores: torch.Tensor
     losses: torch.Tensor
 
-    def summary(self, fidelity: str) -> Measurement:
-        """Return means and standard errors."""
-        return Measurement(
-            fidelity, float(self.scores.mean()), _error(self.scores), float(self.losses.mean()), _error(self.losses)
-        )
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def joined(self, others: "Samples") -> "Samples":
+        """Return these samples and then others."""
+        return Samples(torch.cat([self.scores, others.scores]), torch.cat([self.losses, others.losses]))
+
+    def summary(self, fidelity: str, rival: "Samples | None" = None) -> Measurement:
+        """Return means and standard errors.
+
+        Args:
+            fidelity: Of the network.
+            rival: What another network did on these samples and more: the means are then its own and how far this
+                network differs on the samples that both have, since what they are together easy or hard cancels.
+        """
+        if rival is None or len(rival) == len(self):
+            accuracy, accuracy_se = float(self.scores.mean()), _error(self.scores)
+            loss, loss_se = float(self.losses.mean()), _error(self.losses)
+            return Measurement(fidelity, accuracy, accuracy_se, loss, loss_se)
+        accuracy, accuracy_se = _beside(self.scores, rival.scores)
+        loss, loss_se = _beside(self.losses, rival.losses)
+        return Measurement(fidelity, accuracy, accuracy_se, loss, loss_se, samples=len(self))
 
     def drop_error(self, dense: "Samples") -> float:
         """Return the standard error of the mean score lost against another network on the same samples.
@@ -43,6 +60,12 @@ class Samples:
         Paired: what is hard for both cancels, so that it is smaller than the two errors suggest.
         """
         return _error(dense.scores - self.scores)
+
+
+def _beside(some: torch.Tensor, all_of_other: torch.Tensor) -> tuple[float, float]:
+    differences = some - all_of_other[: len(some)]
+    error = math.hypot(_error(all_of_other), _error(differences))
+    return float(all_of_other.mean() + differences.mean()), error
 
 
 def _error(values: torch.Tensor) -> float:

@@ -8,13 +8,14 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 
 from autoprune.errors import DivergedError
 from autoprune.evaluation.candidate import Measurement
+from autoprune.evaluation.measure import Samples
 from autoprune.evaluation.workbench import Workbench
 from autoprune.finetuning import Recipe, train
 from autoprune.policy import Policy
@@ -63,12 +64,15 @@ class Pipeline:
         bench: The network and its data.
         recovery: How far weights are recovered.
         seed: Of fine-tuning.
+        rival: A candidate that is clearly worse than this policy is measured no further (see
+            `autoprune.evaluation.race`); the same for all, so that what comes out depends on the policy alone.
     """
 
-    def __init__(self, bench: Workbench, recovery: Recovery, seed: int) -> None:
+    def __init__(self, bench: Workbench, recovery: Recovery, seed: int, rival: Policy | None = None) -> None:
         self.bench = bench
         self.recovery = recovery
         self.seed = seed
+        self.rival = None if rival is None else bench.structure.rounded(rival)
 
     @property
     def device(self) -> torch.device:
@@ -112,9 +116,17 @@ class Pipeline:
                 return model, tuple(measurements)
             self.train(model, steps, self.recovery.recipe, derive(self.seed, "fine-tuning", policy.id), removed)
             rung = "short"
-        last = bench.measure(model, bench.precision.full if final else None).summary(rung)
+        rival = None if final or self.rival is None or policy.id == self.rival.id else self._rival
+        last = bench.measure(model, bench.precision.full if final else None, rival).summary(rung, rival)
         measurements.append(replace(last, steps=steps))
         return model, tuple(measurements)
+
+    @cached_property
+    def _rival(self) -> Samples | None:
+        """What the rival does on all validation samples, or None if it can't be told."""
+        assert self.rival is not None
+        samples = self.bench.measure(self.bench.recovered(self.bench.structure.removed(self.rival)))
+        return samples if bool(torch.isfinite(samples.losses).all()) else None
 
     def train(
         self,

@@ -15,6 +15,7 @@ from autoprune.evaluation.folding import Folding
 from autoprune.evaluation.measure import Samples, measure
 from autoprune.evaluation.precision import Choice, Precision, chosen, until
 from autoprune.evaluation.prefix import CutPoint, Prefix, Resumed
+from autoprune.evaluation.race import clearly_worse, legs
 from autoprune.finetuning import Refit, recalibrate
 from autoprune.scoring import Orders
 from autoprune.seeds import derive
@@ -50,6 +51,7 @@ class Workbench:
             (the fastest that agrees, see `autoprune.evaluation.precision`; small networks stay in float32), or what was
             chosen before.
         activations_memory: Bytes of the dense network's activations that may be kept for probes.
+        race: Whether the validation samples are put in random order, so that some stand for all.
 
     Attributes:
         device: The network's.
@@ -70,6 +72,7 @@ class Workbench:
         rung: str = "reconstructed",
         precision: str | Choice = "float32",
         activations_memory: int = 2 << 30,
+        race: bool = False,
     ) -> None:
         self.task = task
         self.structure = structure
@@ -97,13 +100,24 @@ class Workbench:
         size = task.n_val * task.example_input.numel() * task.example_input.element_size()
         on_cpu = self.device.type == "cpu"
         self._batch = max(_FEWEST_MEASURED, min(500, _CACHED // max(1, dense.activations))) if on_cpu else 500
-        self._val = list(self.placed(task.val_batches(self._batch))) if size <= _IN_MEMORY else None
+        self.race = race
+        self._val = self._in_memory() if size <= _IN_MEMORY else None
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
         """Pickle what the workbench is made from, without the test split; whoever unpickles it makes the rest again."""
         task = self.task.without_test()
         given = (task, self.structure, self.orders, self._calibration_images, self._given_seed)
-        return type(self), (*given, self.rung, self.choice, self.activations_memory)
+        return type(self), (*given, self.rung, self.choice, self.activations_memory, self.race)
+
+    def _in_memory(self) -> list[Batch]:
+        """Return the validation batches, ready."""
+        batches: Iterable[Batch] = self.task.val_batches(self._batch)
+        if self.race:
+            inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+            seeded = torch.Generator().manual_seed(derive(self._given_seed, "order of samples"))
+            parts = torch.randperm(len(inputs), generator=seeded).tensor_split(-(-len(inputs) // self._batch))
+            batches = ((inputs[part], targets[part]) for part in parts)
+        return list(self.placed(batches))
 
     def placed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches on the network's device, in its memory layout."""
@@ -158,13 +172,17 @@ class Workbench:
     def _running(self) -> AbstractContextManager[Any]:
         return self.precision.running(self.device)
 
-    def measure(self, model: nn.Module, precision: Precision | None = None) -> Samples:
+    def measure(self, model: nn.Module, precision: Precision | None = None, rival: Samples | None = None) -> Samples:
         """Measure a network on the validation split.
 
         Args:
             model: The network.
             precision: By default the one that candidates are measured in.
+            rival: What another network did there; once this one is clearly worse, it is measured no further. Needs the
+                samples in memory, in random order (see `race` of the class); else all are taken.
         """
+        if rival is not None and self.race and self._val is not None:
+            return self._raced(model, self._val, precision or self.precision, rival)
         batches = self.placed(self.task.val_batches()) if self._val is None else self._val
         with suited_threads(self.macs):
             return self._measured(model, batches, precision or self.precision)
@@ -191,6 +209,17 @@ class Workbench:
             pairs = zip(self._val or (), measured, strict=True)
             batches = (((inputs, outputs), targets) for (inputs, targets), outputs in pairs)
             return self._measured(model, batches, self.precision, point)
+
+    def _raced(self, model: nn.Module, batches: Sequence[Batch], precision: Precision, rival: Samples) -> Samples:
+        found: Samples | None = None
+        with suited_threads(self.macs):
+            for leg in legs(batches):
+                part = self._measured(model, leg, precision)
+                found = part if found is None else found.joined(part)
+                if clearly_worse(found, rival):
+                    break
+        assert found is not None  # a split has samples
+        return found
 
     def _measured(
         self,

@@ -14,7 +14,7 @@ from torch import nn
 
 from autoprune.cost import count
 from autoprune.errors import PolicyError, SearchOver
-from autoprune.evaluation import RUNGS, Arm, Candidate, Evaluator, Ledger, Precision, Recovery, measure
+from autoprune.evaluation import RUNGS, Arm, Candidate, Evaluator, Ledger, Recovery, measure
 from autoprune.finetuning import Recipe, Refit, recalibrate
 from autoprune.policy import Policy
 from autoprune.seeds import derive
@@ -42,9 +42,9 @@ class Counted:
         self.count = 0
         real = evaluator.bench.measure
 
-        def measured(model: nn.Module, precision: Precision | None = None) -> Any:
+        def measured(model: nn.Module, *options: Any) -> Any:
             self.count += 1
-            return real(model, precision)
+            return real(model, *options)
 
         monkeypatch.setattr(evaluator.bench, "measure", measured)
 

@@ -1,0 +1,128 @@
+"""Racing: who is clearly worse is stopped, who is as good hardly ever; estimates are of samples in pairs."""
+
+import math
+import pickle
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from autoprune.evaluation import Evaluator, Pipeline, Recovery, Samples, Workbench
+from autoprune.evaluation.race import clearly_worse, legs
+from autoprune.policy import Policy
+from autoprune.task import Task
+
+pytestmark = pytest.mark.usefixtures("global_rng_untouched")
+
+
+def samples(*scores: float) -> Samples:
+    values = torch.tensor(scores, dtype=torch.float64)
+    return Samples(values, 1 - values)
+
+
+def drawn(share: float, n: int, seed: int) -> Samples:
+    """Return samples of which so many, on average, are right."""
+    right = np.random.default_rng(seed).random(n) < share
+    return samples(*right.astype(float))
+
+
+class TestTest:
+    def test_legs_end_at_a_tenth_a_quarter_a_half(self):
+        assert [list(leg) for leg in legs(range(20))] == [[0, 1], [2, 3, 4], list(range(5, 10)), list(range(10, 20))]
+        assert [list(leg) for leg in legs(range(3))] == [[0], [1], [2]]
+        assert [list(leg) for leg in legs(range(1))] == [[0]]
+
+    def test_ten_lost_and_none_gained_is_chance_enough_and_twelve_is_not(self):
+        """One-sided sign test by the normal approximation: z = -n / sqrt(n), and 3.09 is the level of 0.001."""
+        rival = samples(*[1.0] * 40)
+        assert not clearly_worse(samples(*[0.0] * 9, *[1.0] * 31), rival)
+        assert clearly_worse(samples(*[0.0] * 12, *[1.0] * 28), rival)
+
+    def test_only_the_samples_so_far_count(self):
+        rival = samples(*[1.0] * 20, *[0.0] * 1000)
+        assert clearly_worse(samples(*[0.0] * 20), rival)
+        assert not clearly_worse(samples(*[1.0] * 20), rival)
+
+    def test_better_and_equal_are_never_worse(self):
+        assert not clearly_worse(drawn(0.9, 500, 0), drawn(0.1, 500, 1))
+        assert not clearly_worse(drawn(0.5, 500, 0), drawn(0.5, 500, 0))
+
+    def test_who_is_as_good_is_stopped_once_in_a_thousand_looks(self):
+        stopped = sum(clearly_worse(drawn(0.8, 300, 2 * n), drawn(0.8, 300, 2 * n + 1)) for n in range(600))
+        assert stopped <= 4
+
+    def test_who_is_ten_points_worse_is_seen_in_five_hundred_samples(self):
+        seen = sum(clearly_worse(drawn(0.6, 500, 2 * n), drawn(0.75, 500, 2 * n + 1)) for n in range(40))
+        assert seen >= 36
+
+
+class TestEstimate:
+    def test_the_rival_on_all_and_the_difference_on_some(self):
+        rival = samples(1, 1, 0, 0, 1, 1, 1, 1)
+        found = samples(1, 0, 0, 0).summary("reconstructed", rival)
+        assert found.accuracy == pytest.approx(6 / 8 - 1 / 4)
+        assert found.loss == pytest.approx(2 / 8 + 1 / 4)
+        differences = math.sqrt(0.25 / 4)  # the variance of (0, -1, 0, 0) over their number
+        assert found.accuracy_se == pytest.approx(math.hypot(rival.summary("").accuracy_se, differences))
+        assert found.samples == 4
+
+    def test_all_samples_are_no_estimate(self):
+        rival = samples(1, 0, 1, 1)
+        assert samples(1, 1, 0, 0).summary("short", rival) == samples(1, 1, 0, 0).summary("short")
+        assert samples(1, 1, 0, 0).summary("short").samples is None
+
+
+BAD, GOOD = Policy({"conv1": 0.8, "conv2": 0.8}), Policy({"conv2": 0.25})
+
+
+def racing(task: Task, plain: Evaluator, rival: Policy | None) -> Pipeline:
+    """Return a pipeline that races, on batches of four samples."""
+    bench = plain.bench
+    raced = Workbench(task, bench.structure, bench.orders, 200, 0, "recalibrated", race=True)
+    raced._batch = 4
+    raced._val = raced._in_memory()
+    return Pipeline(raced, Recovery(200), 0, rival)
+
+
+class TestPipeline:
+    def test_a_bad_candidate_is_stopped_and_a_good_one_is_not(
+        self, task: Task, make_evaluator: Callable[..., Evaluator]
+    ) -> None:
+        plain = make_evaluator(task)
+        pipeline, whole = racing(task, plain, GOOD), racing(task, plain, None)
+        (bad,), (exact,) = pipeline(BAD).measurements, whole(BAD).measurements
+        assert bad.samples is not None
+        assert bad.samples < 101
+        assert bad.accuracy == pytest.approx(exact.accuracy, abs=0.2)
+        assert bad.accuracy < pipeline(GOOD).measurements[0].accuracy
+        assert pipeline(GOOD).measurements == whole(GOOD).measurements
+        slightly = Policy({"conv2": 0.375})
+        assert pipeline(slightly).measurements == whole(slightly).measurements
+
+    def test_what_is_final_is_measured_on_all(self, task: Task, make_evaluator: Callable[..., Evaluator]) -> None:
+        pipeline = racing(task, make_evaluator(task), GOOD)
+        _, (last,) = pipeline.recovered(BAD, final=True)
+        assert last.samples is None
+
+    def test_a_pipeline_elsewhere_stops_at_the_same_sample(
+        self, task: Task, make_evaluator: Callable[..., Evaluator]
+    ) -> None:
+        plain = make_evaluator(task)
+        bench = Workbench(task, plain.bench.structure, plain.bench.orders, 200, 0, "recalibrated", race=True)
+        pipeline = Pipeline(bench, Recovery(200), 0, GOOD)
+        there: Pipeline = pickle.loads(pickle.dumps(pipeline))
+        assert there.bench.race
+        assert there(BAD).measurements == pipeline(BAD).measurements
+
+    def test_the_order_of_samples_is_random_and_repeatable(
+        self, task: Task, make_evaluator: Callable[..., Evaluator]
+    ) -> None:
+        plain = make_evaluator(task).bench
+        one, other = (
+            Workbench(task, plain.structure, plain.orders, 200, seed, race=True)._in_memory() for seed in (0, 0)
+        )
+        (targets,) = (targets for _, targets in one)
+        assert torch.equal(targets, other[0][1])
+        assert not torch.equal(targets, torch.arange(101) % 4)  # as they come
+        assert targets.bincount().tolist() == [26, 25, 25, 25]
