@@ -1,5 +1,6 @@
 """The command line: reads options, calls the library, prints. What a command does is elsewhere."""
 
+import contextlib
 import json
 import sys
 import time
@@ -20,7 +21,7 @@ import autoprune
 from autoprune import bounds, data, export, models, registry
 from autoprune.cost import count
 from autoprune.errors import AutopruneError, ConfigError, RunError, WeightsError
-from autoprune.evaluation import Executor, chosen, measure
+from autoprune.evaluation import Executor, Pipeline, chosen, measure
 from autoprune.finaliser import FULL_LR
 from autoprune.finetuning import Recipe, train
 from autoprune.preparation import Prepared, prepare
@@ -135,6 +136,14 @@ Units = Annotated[
 Multiple = Annotated[int, typer.Option(help="The channels that stay in a layer are a multiple of this.")]
 Normalised = Annotated[
     bool, typer.Option("--normalised", help="Offer groups that a norm such as LayerNorm runs across, too.")
+]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that evaluate; more than one needs autoprune[ray].")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="A running Ray cluster to find the workers on: auto, or HOST:PORT. By default this machine."),
+]
+WorkerGpus = Annotated[
+    float | None, typer.Option(help="GPUs of a worker, such as 0.25; by default 1 if the network is on one.")
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a search.", show_default=False)]
 
@@ -307,16 +316,9 @@ def search(
         Path | None, typer.Option(help="A sensitivity report to start from; its cells are not measured again.")
     ] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which nothing new is evaluated.")] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes that evaluate candidates; more than one needs autoprune[ray].")
-    ] = 1,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="A running Ray cluster to find the workers on: auto, or HOST:PORT. By default this machine."),
-    ] = None,
-    worker_gpus: Annotated[
-        float | None, typer.Option(help="GPUs of a worker, such as 0.25; by default 1 if the network is on one.")
-    ] = None,
+    workers: Workers = 1,
+    ray_address: RayAddress = None,
+    worker_gpus: WorkerGpus = None,
     seed: Seed = 0,
     dry_run: Annotated[
         bool,
@@ -399,6 +401,9 @@ def sensitivity(
     merge: Annotated[
         list[Path] | None, typer.Option(help="Files to merge into --out, instead of measuring; repeat it.")
     ] = None,
+    workers: Workers = 1,
+    ray_address: RayAddress = None,
+    worker_gpus: WorkerGpus = None,
     seed: Seed = 0,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -431,18 +436,24 @@ def sensitivity(
             work = _task(source, baseline=out.with_suffix(".baseline.safetensors"), progress=progress)
             prepared = prepare(work, settings)
             grid = () if analytic else _numbers(sparsities)
+            executor = _executor(workers, ray_address, worker_gpus) if grid else None
             progress.begin("sensitivity", len(prepared.structure) * len(grid))
-            report = analyse_sensitivity(
-                prepared.bench,
-                prepared.costs,
-                out,
-                sparsities=grid,
-                settings=settings.measured_with,
-                evidence=prepared.evidence,
-                predicted=prepared.analytic(),
-                shard=_shard(shard),
-                progress=lambda group, done, _: progress.step(done, group),
-            )
+            with contextlib.ExitStack() as stack:
+                if executor is not None:
+                    stack.callback(executor.close)
+                    executor.start(Pipeline(prepared.bench, settings.recovery, seed))
+                report = analyse_sensitivity(
+                    prepared.bench,
+                    prepared.costs,
+                    out,
+                    sparsities=grid,
+                    settings=settings.measured_with,
+                    evidence=prepared.evidence,
+                    predicted=prepared.analytic(),
+                    shard=_shard(shard),
+                    workers=executor,
+                    progress=lambda group, done, _: progress.step(done, group),
+                )
             progress.end()
             if prepared.bench.work:
                 progress.line(prepared.bench.work)

@@ -286,6 +286,7 @@ class _Search:
             evidence=self.prepared.evidence,
             predicted=predicted,
             deadline=self._analysis_deadline(),
+            workers=None if isinstance(self.executor, InProcess) else self.executor,
             progress=lambda group, done, _: self.progress.step(done, group),
         )
         self.progress.end()

@@ -20,8 +20,8 @@ import torch
 from autoprune import separable
 from autoprune.analytic import Analytic
 from autoprune.cost import CostModel, FeasibleSet
-from autoprune.errors import ConfigError, RunError
-from autoprune.evaluation import Measurement, Precision, Workbench
+from autoprune.errors import ConfigError, ExecutorError, RunError
+from autoprune.evaluation import Executor, Measurement, Precision, Probe, Workbench
 from autoprune.policy import Policy
 from autoprune.run import write_json
 from autoprune.scoring import Evidence
@@ -36,6 +36,8 @@ SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The grid where none is asked for."""
 
 _FORMAT = 2
+
+_Probed = tuple[tuple[str, int], Measurement, float]  # group and elements removed, what it measures, error of its drop
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +263,7 @@ def analyse(
     predicted: Analytic | None = None,
     shard: tuple[int, int] = (0, 1),
     deadline: float | None = None,
+    workers: Executor | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> SensitivityReport:
     """Measure every offered group at every sparsity, and keep the file whole after every cell.
@@ -276,11 +279,13 @@ def analyse(
         predicted: What moments predict, to be kept beside the cells.
         shard: `(i, n)`: measure only every n-th cell, from the i-th; merge the files afterwards.
         deadline: Value of `time.monotonic()` after which no further cell is begun.
+        workers: Where cells are measured: an executor that was started with a pipeline of this workbench; here without.
         progress: Called with the group, the cells done and all cells.
 
     Raises:
         ConfigError: A sparsity outside (0, 1), or a shard that does not exist.
         RunError: The file is of another network, other data or other settings.
+        ExecutorError: Workers died of a cell, one after another.
     """
     if not all(0 < s < 1 for s in sparsities) or not (sparsities or predicted):
         raise ConfigError(f"`0 < sparsity < 1` must hold for every one to be measured, but got {list(sparsities)}")
@@ -305,14 +310,15 @@ def analyse(
     mine.sort(
         key=lambda cell: bench.begins({cell[0]: cell[1]})
     )  # so that what runs before is kept from one to the next
-    for done, (name, removed) in enumerate(mine):
+    missing = [(name, removed) for name, removed in mine if removed not in {c.removed for c in report[name].cells}]
+    done = len(mine) - len(missing)
+    late = (lambda: False) if deadline is None else lambda: time.monotonic() >= deadline
+
+    def begin(name: str) -> None:
         progress(name, done, len(mine))
-        if any(cell.removed == removed for cell in report[name].cells):
-            continue
-        if deadline is not None and time.monotonic() >= deadline:
-            break
-        samples = bench.probe({name: removed})
-        measured = samples.summary(bench.rung)
+
+    probing = _here(bench, missing, late, begin) if workers is None else _there(bench, missing, late, begin, workers)
+    for (name, removed), measured, drop_se in probing:
         gone = _gone(bench, name, removed, taylor[name])
         cell = Cell(
             sparsity=removed / bench.structure[name].size,
@@ -321,14 +327,58 @@ def analyse(
             accuracy_se=measured.accuracy_se,
             loss=measured.loss,
             loss_se=measured.loss_se,
-            drop_se=samples.drop_error(dense),
+            drop_se=drop_se,
             taylor_loss=report.dense.loss + float(gone.sum()),
         )
         report = report.with_cell(name, cell)
         report.save(path)
+        done += 1
     report.save(path)
     bench.forget()
     return report
+
+
+def _here(
+    bench: Workbench, cells: Sequence[tuple[str, int]], late: Callable[[], bool], begin: Callable[[str], None]
+) -> Iterator[_Probed]:
+    """Measure cells one after another, until it is late."""
+    for name, removed in cells:
+        if late():
+            return
+        begin(name)
+        samples = bench.probe({name: removed})
+        yield (name, removed), samples.summary(bench.rung), samples.drop_error(bench.dense)
+
+
+def _there(
+    bench: Workbench,
+    cells: Sequence[tuple[str, int]],
+    late: Callable[[], bool],
+    begin: Callable[[str], None],
+    workers: Executor,
+) -> Iterator[_Probed]:
+    """Have workers measure cells, in whatever order they are done, until it is late."""
+    under_way: dict[str, tuple[str, int]] = {}
+
+    def finished() -> _Probed:
+        outcome = workers.finished()
+        if outcome.failure is not None or outcome.drop_se is None:
+            raise ExecutorError(
+                f"a sensitivity cell of {under_way[outcome.id][0]} can't be measured: {outcome.failure}"
+            )
+        return under_way.pop(outcome.id), outcome.measurements[0], outcome.drop_se
+
+    for name, removed in cells:
+        if len(under_way) >= workers.at_once:
+            yield finished()
+        if late():
+            break
+        begin(name)
+        probe = Probe(bench.structure.policy({name: removed}))
+        under_way[probe.id] = (name, removed)
+        workers.submit(probe)
+    while under_way:
+        yield finished()
 
 
 def _gone(bench: Workbench, name: str, removed: int, scores: torch.Tensor) -> torch.Tensor:

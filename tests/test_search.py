@@ -34,7 +34,8 @@ from autoprune.errors import (
     TestSetError,
     UnknownNameError,
 )
-from autoprune.evaluation import Candidate, InProcess, Measurement, Outcome, Pipeline, Runs, measure
+from autoprune.evaluation import Candidate, InProcess, Measurement, Outcome, Pipeline, Runs, Work, measure
+from autoprune.evaluation import Probe as CellProbe
 from autoprune.evaluation.ladder import best, sample
 from autoprune.fidelity import FEWEST, kendall
 from autoprune.finaliser import PrunedNetwork
@@ -539,13 +540,15 @@ class OutOfTurn:
     def __init__(self, at_once: int) -> None:
         self.at_once = at_once
         self.pipeline: Runs | None = None
-        self.under_way: list[Policy] = []
+        self.under_way: list[Work] = []
+        self.probes = 0
 
     def start(self, pipeline: Runs) -> None:
         self.pipeline = pipeline
 
-    def submit(self, policy: Policy) -> None:
-        self.under_way.append(policy)
+    def submit(self, work: Work) -> None:
+        self.probes += isinstance(work, CellProbe)
+        self.under_way.append(work)
 
     def finished(self) -> Outcome:
         assert self.pipeline is not None
@@ -563,13 +566,17 @@ def test_with_several_under_way_it_is_the_same_search_whoever_is_faster_and_wher
     def ledger(name: str) -> list[dict[str, Any]]:
         return sorted(ledger_of(tmp_path / name), key=lambda line: line["number"])
 
-    settings: dict[str, Any] = {"agent": agent, "finetune_steps": 0, "candidates": 9, "sensitivity": ()}
+    grid = (0.5,) if agent in ("tpe", "random") else ()
+    settings: dict[str, Any] = {"agent": agent, "finetune_steps": 0, "candidates": 9, "sensitivity": grid}
     executor = OutOfTurn(4)
     whole = run(tmp_path / "whole", executor=executor, **settings)
+    assert bool(executor.probes) == bool(grid)
     assert executor.pipeline is None  # it was closed
     assert read(tmp_path / "whole" / "config.json")["parallel"] == {"at_once": 4}
     run(tmp_path / "in_turn", executor=InProcess(at_once=4), **settings)
     assert ledger("in_turn") == ledger("whole")
+    for file in ["sensitivity.json"] if grid else []:
+        assert (tmp_path / "in_turn" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     for kill_at in (2, 5, 9):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "killed", tracker=Probe(kill_at), executor=OutOfTurn(4), **settings)

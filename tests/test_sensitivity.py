@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune.cost import CostModel, FeasibleSet
-from autoprune.errors import ConfigError, RunError
-from autoprune.evaluation import Measurement, Precision, Workbench, workbench
+from autoprune.errors import ConfigError, ExecutorError, RunError
+from autoprune.evaluation import Measurement, Outcome, Pipeline, Precision, Recovery, Runs, Work, Workbench, workbench
 from autoprune.finetuning import Recipe, recalibrate, train
 from autoprune.policy import Policy
 from autoprune.scoring import Evidence, removal_orders
@@ -260,6 +260,47 @@ def test_shards_merge_into_the_unsharded_file(setup: Setup, tmp_path: Path, shar
     assert merged == whole
     merged.save(tmp_path / "merged.json")
     assert (tmp_path / "merged.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+class Newest:
+    """Workers of which the one that began last is done first."""
+
+    at_once = 3
+
+    def __init__(self, pipeline: Runs) -> None:
+        self.pipeline, self.under_way, self.most = pipeline, list[Work](), 0
+
+    def start(self, pipeline: Runs) -> None:
+        raise AssertionError("whoever hands them in has started them")
+
+    def submit(self, work: Work) -> None:
+        self.under_way.append(work)
+        self.most = max(self.most, len(self.under_way))
+
+    def finished(self) -> Outcome:
+        return self.pipeline(self.under_way.pop())
+
+    def close(self) -> None:
+        self.under_way.clear()
+
+
+def test_workers_measure_the_same_cells(setup: Setup, tmp_path: Path) -> None:
+    setup.analyse(tmp_path / "here.json")
+    workers = Newest(Pipeline(setup.bench, Recovery(200), 0))
+    begun: list[str] = []
+    setup.analyse(tmp_path / "there.json", workers=workers, progress=lambda name, done, total: begun.append(name))
+    assert workers.most == 3
+    assert len(begun) == 6
+    assert not workers.under_way
+    assert (tmp_path / "there.json").read_bytes() == (tmp_path / "here.json").read_bytes()
+    late = setup.analyse(tmp_path / "late.json", workers=workers, deadline=time.monotonic() - 1)
+    assert all(not row.cells for row in late.groups)
+
+
+def test_a_cell_that_workers_die_of_is_an_error(setup: Setup, tmp_path: Path) -> None:
+    workers = Newest(lambda work: Outcome(work.id, (), 0.0, "5 workers died of it"))  # type: ignore[arg-type]
+    with pytest.raises(ExecutorError, match=r"a sensitivity cell of \w+ can't be measured: 5 workers died of it"):
+        setup.analyse(tmp_path / "s.json", workers=workers)
 
 
 def test_after_the_deadline_no_cell_is_begun(setup: Setup, tmp_path: Path) -> None:

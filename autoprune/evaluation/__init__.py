@@ -2,10 +2,10 @@
 
 from autoprune.evaluation.candidate import RUNGS, Candidate, Measurement
 from autoprune.evaluation.evaluator import TIME_LIMIT, Arm, Evaluator, Result
-from autoprune.evaluation.executor import Executor, InProcess, Runs
+from autoprune.evaluation.executor import Executor, InProcess, Runs, Work
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
-from autoprune.evaluation.pipeline import Outcome, Pipeline, Recovery
+from autoprune.evaluation.pipeline import Outcome, Pipeline, Probe, Recovery
 from autoprune.evaluation.precision import AGREEMENT, PRECISIONS, Choice, Precision, chosen
 from autoprune.evaluation.workbench import Workbench
 
@@ -25,10 +25,12 @@ __all__ = [
     "Outcome",
     "Pipeline",
     "Precision",
+    "Probe",
     "Recovery",
     "Result",
     "Runs",
     "Samples",
+    "Work",
     "Workbench",
     "chosen",
     "measure",

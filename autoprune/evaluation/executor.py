@@ -1,15 +1,23 @@
 """Where evaluations run: the protocol, and the plain way, here and one after another. Nothing here records."""
 
 from collections import deque
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 
 from autoprune.errors import ConfigError
 from autoprune.evaluation.pipeline import Outcome
-from autoprune.policy import Policy
 
-__all__ = ["Executor", "InProcess", "Runs"]
+__all__ = ["Executor", "InProcess", "Runs", "Work"]
+
+
+class Work(Protocol):
+    """What a pipeline runs on: a policy, or a probe; it must pickle where an executor has other processes."""
+
+    @property
+    def id(self) -> str:
+        """Tells it from other work."""
+        ...
 
 
 class Runs(Protocol):
@@ -20,8 +28,8 @@ class Runs(Protocol):
         """Where it computes."""
         ...
 
-    def __call__(self, policy: Policy) -> Outcome:
-        """Return what comes of a policy, the same wherever it runs."""
+    def __call__(self, work: Any, /) -> Outcome:
+        """Return what comes of a policy or a probe, the same wherever it runs."""
         ...
 
 
@@ -44,14 +52,14 @@ class Executor(Protocol):
         """Make ready to run a pipeline; called before anything is submitted, and again after `close`."""
         ...
 
-    def submit(self, policy: Policy) -> None:
-        """Begin with a policy; no policy is submitted again while it is under way."""
+    def submit(self, work: Work) -> None:
+        """Begin with a policy or a probe; none is submitted again while it is under way."""
         ...
 
     def finished(self) -> Outcome:
         """Wait until one of the policies under way is done, and return what came of it, once.
 
-        What the pipeline raises is raised here. A worker that is lost is not an error: its policy runs elsewhere.
+        What the pipeline raises is raised here. A worker that is lost is not an error: its work is done elsewhere.
         """
         ...
 
@@ -77,18 +85,18 @@ class InProcess:
             raise ConfigError(f"`at_once >= 1` must hold, but got at_once={at_once}")
         self.at_once = at_once
         self._pipeline: Runs | None = None
-        self._waiting: deque[Policy] = deque()
+        self._waiting: deque[Work] = deque()
 
     def start(self, pipeline: Runs) -> None:
         """Take the pipeline."""
         self._pipeline = pipeline
 
-    def submit(self, policy: Policy) -> None:
-        """Put a policy in line."""
-        self._waiting.append(policy)
+    def submit(self, work: Work) -> None:
+        """Put work in line."""
+        self._waiting.append(work)
 
     def finished(self) -> Outcome:
-        """Run the policy that waits longest."""
+        """Do the work that waits longest."""
         if self._pipeline is None:
             raise RuntimeError("the executor was not started")
         return self._pipeline(self._waiting.popleft())

@@ -22,7 +22,7 @@ from autoprune.policy import Policy
 from autoprune.seeds import derive
 from autoprune.threads import suited_threads
 
-__all__ = ["Outcome", "Pipeline", "Recovery"]
+__all__ = ["Outcome", "Pipeline", "Probe", "Recovery"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +41,34 @@ class Recovery:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """A policy that is measured as the cells of a sensitivity report are (see `Workbench.probe`)."""
+
+    policy: Policy
+
+    @property
+    def id(self) -> str:
+        """Other than the policy's, which may be a candidate too."""
+        return f"probe {self.policy.id}"
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a policy.
+    """What came of a policy or a probe.
 
     Attributes:
-        id: The policy's id.
+        id: The policy's or the probe's id.
         measurements: One a rung, least recovered first; empty if it failed.
         seconds: Time that it took where it ran.
         failure: Why it failed, or None.
+        drop_se: Of a probe, the standard error of the accuracy lost (see `Samples.drop_error`).
     """
 
     id: str
     measurements: tuple[Measurement, ...]
     seconds: float
     failure: str | None = None
+    drop_se: float | None = None
 
 
 class Pipeline:
@@ -79,8 +93,19 @@ class Pipeline:
         """The network's."""
         return self.bench.device
 
-    def __call__(self, policy: Policy) -> Outcome:
-        """Return what comes of a policy; one that diverges has failed, which is an outcome too."""
+    def __call__(self, work: Policy | Probe) -> Outcome:
+        """Return what comes of a policy or a probe; a policy that diverges has failed, which is an outcome too."""
+        return self._probed(work) if isinstance(work, Probe) else self._evaluated(work)
+
+    def _probed(self, probe: Probe) -> Outcome:
+        started = time.perf_counter()
+        samples = self.bench.probe(self.bench.structure.removed(probe.policy))
+        drop_se = samples.drop_error(self.bench.dense)
+        seconds = round(time.perf_counter() - started, 4)
+        return Outcome(probe.id, (samples.summary(self.bench.rung),), seconds, drop_se=drop_se)
+
+    def _evaluated(self, policy: Policy) -> Outcome:
+        self.bench.forget()  # what probes kept
         started = time.perf_counter()
         failure = None
         measurements: tuple[Measurement, ...] = ()

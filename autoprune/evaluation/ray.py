@@ -1,7 +1,7 @@
 """Evaluations on the processes of a Ray cluster, of this machine or of many. The one file that imports ray.
 
 A worker is an actor that holds the pipeline, which is put once into the object store. One that dies, with its machine
-or alone, is replaced by another, wherever there is room, and its policy is run again by whoever is free.
+or alone, is replaced by another, wherever there is room, and its work is done again by whoever is free.
 """
 
 import logging
@@ -26,13 +26,12 @@ from ray.cloudpickle import register_pickle_by_value
 from ray.exceptions import RayError
 
 from autoprune.errors import ConfigError, ExecutorError
-from autoprune.evaluation.executor import Runs
+from autoprune.evaluation.executor import Runs, Work
 from autoprune.evaluation.pipeline import Outcome
-from autoprune.policy import Policy
 
 __all__ = ["RayExecutor"]
 
-_ATTEMPTS: Final = 5  # workers that a policy may cost before it has failed
+_ATTEMPTS: Final = 5  # workers that a policy or a probe may cost before it has failed
 _FAILED_STARTS: Final = 3  # in a row
 _ANSWER: Final = 10.0  # seconds in which a worker that is alive says so, and a cluster that is there
 _ROOM: Final = 2  # policies under way for every worker, so that none waits while results are taken in order
@@ -41,7 +40,7 @@ _ROOM: Final = 2  # policies under way for every worker, so that none waits whil
 @dataclass(frozen=True, slots=True)
 class _Run:
     worker: Any
-    policy: Policy
+    work: Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,7 @@ class RayExecutor:
         self._failed_starts = 0
         self._idle: list[Any] = []
         self._running: dict[Any, _Run] = {}
-        self._waiting: deque[Policy] = deque()
+        self._waiting: deque[Work] = deque()
         self._attempts = Counter[str]()
 
     def start(self, pipeline: Runs) -> None:
@@ -131,9 +130,9 @@ class RayExecutor:
         for _ in range(self.workers):
             self._launch()
 
-    def submit(self, policy: Policy) -> None:
-        """Hand a policy to a worker, or put it in line."""
-        self._waiting.append(policy)
+    def submit(self, work: Work) -> None:
+        """Hand work to a worker, or put it in line."""
+        self._waiting.append(work)
         self._dispatch()
 
     def finished(self) -> Outcome:
@@ -211,9 +210,9 @@ class RayExecutor:
     def _dispatch(self) -> None:
         while self._waiting and self._idle:
             worker = self._idle.pop()
-            if self._lives(worker):  # else its death would count against the policy
-                policy = self._waiting.popleft()
-                self._running[worker.run.remote(policy)] = _Run(worker, policy)
+            if self._lives(worker):  # else its death would count against the work
+                work = self._waiting.popleft()
+                self._running[worker.run.remote(work)] = _Run(worker, work)
             else:
                 self._replace(worker)
 
@@ -230,17 +229,17 @@ class RayExecutor:
         self._launch()
 
     def _take(self, ready: Any) -> Outcome | None:
-        """Return what a worker made of its policy; None where it died and the policy is in line again."""
+        """Return what a worker made of its work; None where it died and the work is in line again."""
         run = self._running.pop(ready)
         try:
             outcome: Outcome | _Raised = ray.get(ready)
         except RayError as error:
             self._replace(run.worker)
-            self._attempts[run.policy.id] += 1
-            if self._attempts[run.policy.id] < _ATTEMPTS:
-                self._waiting.appendleft(run.policy)
+            self._attempts[run.work.id] += 1
+            if self._attempts[run.work.id] < _ATTEMPTS:
+                self._waiting.appendleft(run.work)
                 return None
-            return Outcome(run.policy.id, (), 0.0, f"{_ATTEMPTS} workers died of it: {type(error).__name__}")
+            return Outcome(run.work.id, (), 0.0, f"{_ATTEMPTS} workers died of it: {type(error).__name__}")
         self._idle.append(run.worker)
         if isinstance(outcome, _Raised):
             outcome.error.add_note(outcome.traceback)
@@ -260,10 +259,10 @@ class _Worker:
     def ready(self) -> None:
         """Return when the pipeline is there."""
 
-    def run(self, policy: Policy) -> "Outcome | _Raised":
+    def run(self, work: Work) -> "Outcome | _Raised":
         """Run the pipeline; what it raises is returned, since not every exception survives being raised elsewhere."""
         try:
-            return self._pipeline(policy)
+            return self._pipeline(work)
         except Exception as error:  # it is raised where the search is
             return _Raised.of(error)
 

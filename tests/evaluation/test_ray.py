@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,18 @@ import torch
 
 from autoprune.environment import PruningEnv
 from autoprune.errors import ConfigError, ExecutorError
-from autoprune.evaluation import Arm, Candidate, Evaluator, Executor, InProcess, Ledger, Outcome, Pipeline, Recovery
+from autoprune.evaluation import (
+    Arm,
+    Candidate,
+    Evaluator,
+    Executor,
+    InProcess,
+    Ledger,
+    Outcome,
+    Pipeline,
+    Probe,
+    Recovery,
+)
 from autoprune.policy import Policy
 from autoprune.search_spaces.per_group import PerGroup
 from autoprune.task import Task
@@ -234,6 +246,11 @@ def test_candidates_are_those_of_one_process(
     results = [workers.submit(policy, arm="search", agent="tpe") for policy in chosen]
     expected = [plain.evaluate(policy, arm="search", agent="tpe") for policy in chosen]
     assert [timeless(result()) for result in results] == [timeless(candidate) for candidate in expected]
+    probe = Probe(Policy({"conv2": 0.5}))
+    executor.submit(probe)
+    there, here = executor.finished(), plain.pipeline(probe)
+    assert replace(there, seconds=0.0) == replace(here, seconds=0.0)
+    assert there.drop_se is not None
     workers.close()
     assert isinstance(workers.executor, InProcess)
 
