@@ -6,19 +6,18 @@
 Half of the multiply-adds of ResNet-20 on CIFAR-10 go. Both search the same space, the channels inside every block (the
 residual stages, padded with zeros, are beyond Torch-Pruning; here they are locked), on the same validation split.
 
-- by hand: Optuna's TPE (multivariate, seeded, told the uniform policy first) asks for a ratio a layer; a trial is
+- by hand: Optuna's TPE (multivariate, seeded, the uniform policy first) proposes a ratio a layer; a trial is
   `copy.deepcopy`, a pruner of Torch-Pruning with these ratios and L1, batch-norm recalibrated on 2,000 training images,
   and the accuracy on the validation split in float32 (`ByHand` of `throughput.py`). The drawn ratios are scaled until
   they just meet the budget, by arithmetic on multiply-adds a channel that are counted once. That is fairer to the loop
   than a penalty for what is over the budget: no trial is lost, and it takes no time.
 - ours: `autoprune.search` as a user calls it, from the dense network to the written report, with tracing, moments,
   sensitivity, controls and MLflow; `analytic:1` is the agent `analytic` with one candidate, without sensitivity.
+- FastNAS of NVIDIA's ModelOpt, with `--fastnas`: its own grid of channels (in multiples of 4; its default, 32, is as
+  much as most layers have), every layer scored alone on the same images, the policy chosen by a threshold.
 
-- FastNAS of NVIDIA's ModelOpt, with `--fastnas`: its own grid of channels (a divisor of 4 instead of 32, which leaves
-  nothing to prune here), every layer scored alone on the same images, the policy chosen by a threshold.
-
-Seconds are the wall time until a policy is there, from a task in memory; importing packages counts for neither.
-Multiply-adds are autoprune's for both (Torch-Pruning also counts batch-norm and activations). The best policy of the
+Seconds are the wall time until a policy is there, from a task in memory; importing packages does not count.
+Multiply-adds are autoprune's for all (Torch-Pruning also counts batch-norm and activations). The best policy of the
 loop after some trials, and ours, are then fine-tuned alike (the same code, steps, batches and seeds, in float32), once
 each from the weights that its tool leaves (sliced and recalibrated; reconstructed), and once all from reconstructed
 weights, where only the policies differ. Accuracies are on all test images, which take no part in anything else.
@@ -40,6 +39,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from throughput import ByHand, by_fastnas
@@ -199,7 +199,11 @@ def search(task: ap.Task, way: str, settings: Mapping[str, Any]) -> Row:
     """
     agent, number = way.split(":")
     alone = {"sensitivity": (), "control": 0} if number == "1" else {}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, contextlib.chdir(folder):
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        contextlib.chdir(folder),
+        mock.patch.dict(os.environ, MLFLOW_TRACKING_URI=f"sqlite:///{folder}/mlflow.db"),  # a store of its own
+    ):
         started = time.perf_counter()
         result = ap.search(task, out="run", agent=agent, candidates=int(number), **settings, **alone)
         seconds = time.perf_counter() - started
@@ -253,19 +257,19 @@ class Tuning:
     def start(self, removed: Mapping[str, int], start: str) -> nn.Module:
         """Return the network without so many channels, recovered as the loop, FastNAS or the product does."""
         if start == "reconstructed":
-            return self.prepared.bench.recovered(removed)
-        if start == "recalibrated":
-            return self.loop.candidate(removed)
-        model = self.loop.sliced(self.loop.shares(removed))
-        model.load_state_dict(torch.load(self.weights, weights_only=True))
-        return model
+            model = self.prepared.bench.recovered(removed)
+        elif start == "recalibrated":
+            model = self.loop.candidate(removed)
+        else:
+            model = self.loop.sliced(self.loop.shares(removed)).eval()
+            model.load_state_dict(torch.load(self.weights, weights_only=True))
+        spatial = self.prepared.bench.precision.channels_last
+        return model.to(memory_format=torch.channels_last) if spatial else model
 
     def __call__(self, removed: Mapping[str, int], start: str, seed: int) -> float:
         """Fine-tune, and return the accuracy on the test images."""
         bench, task = self.prepared.bench, self.prepared.task
         model = self.start(removed, start)
-        if bench.precision.channels_last:
-            model.to(memory_format=torch.channels_last)
         batches = bench.placed(task.train_batches(self.recipe.batch_size, seed))
         with suited_threads(bench.macs):
             train(model, batches, self.steps, recipe=self.recipe, loss=task.loss, seed=seed)
@@ -290,21 +294,22 @@ def found_by(rows: Rows, checkpoints: Sequence[int]) -> Iterator[tuple[Row, dict
             yield best_after(rows, checkpoint), {"own": "recalibrated", "same": "reconstructed"}
 
 
-def tuned(rows: Rows, row: Row, start: str) -> list[float]:
-    """Return the accuracies of a policy after fine-tuning, one a seed."""
+def tuned(rows: Rows, row: Row, start: str, piece: str = "tuned") -> list[float]:
+    """Return the accuracies of a policy after fine-tuning, one a seed; or the one before ("untuned")."""
     removed = {name: number for name, number in row["removed"].items() if number}
-    return [other["test"] for other in rows.of("tuned", removed=removed, start=start)]
+    return [other["test"] for other in rows.of(piece, removed=removed, start=start)]
 
 
 def table(rows: Rows, checkpoints: Sequence[int]) -> str:
     """Return the measurements as Markdown."""
     steps = rows.of("settings")[0]["steps"]
     columns = " | ".join(f"test after {steps} steps {words}" for words in STARTS.values())
-    lines = [f"| way | seconds | MACs | validation, as found | {columns} |", "|---|---|---|---|---|---|"]
+    lines = [f"| way | seconds | MACs | validation, as found | test, the same | {columns} |", f"|{'---|' * 7}"]
     dense = rows.of("dense")
     for row, starts in found_by(rows, checkpoints):
         macs = f"{row['macs']:,}" + (f" ({row['macs'] / dense[0]['macs']:.1%})" if dense else "")
-        cells = [_spread(tuned(rows, row, start)) for start in starts.values()]
+        cells = [_spread(tuned(rows, row, starts["own"], "untuned"))]
+        cells += [_spread(tuned(rows, row, start)) for start in starts.values()]
         lines.append(f"| {row['way']} | {row['seconds']:.0f} | {macs} | {row['accuracy']:.2%} | {' | '.join(cells)} |")
     if dense:
         lines += ["", f"Dense: {dense[0]['macs']:,} MACs, test {dense[0]['test']:.2%}."]
@@ -328,9 +333,9 @@ def verdicts(rows: Rows, checkpoints: Sequence[int]) -> Iterator[str]:
             last = (first or reached[-1][0])["seconds"]
             times = f"{last / mine['seconds']:.1f} times as long"
             yield f"- {mine['way']} ({mine['seconds']:.0f} s, {aim:.2%}), {words}: " + (
-                f"{reached[-1][0]['way']}, don't get there: more than {times}."
+                f"not reached {reached[-1][0]['way']} ({last:.0f} s, {times})."
                 if first is None
-                else f"{first['way']}, get there in {last:.0f} s: {times}."
+                else f"reached {first['way']} ({last:.0f} s, {times})."
             )
 
 
@@ -343,7 +348,7 @@ def _spread(values: Sequence[float]) -> str:
 
 def measured(task: ap.Task, options: argparse.Namespace, rows: Rows) -> None:
     """Measure what is not there yet: first all that is timed, then what comes of it."""
-    for package in PACKAGES:
+    for package in (*PACKAGES, *(["modelopt.torch.prune"] if options.fastnas else [])):
         importlib.import_module(package)
     rows.claim(
         {
@@ -387,6 +392,8 @@ def measured(task: ap.Task, options: argparse.Namespace, rows: Rows) -> None:
     for row, starts in found_by(rows, options.checkpoints):
         removed = {name: number for name, number in row["removed"].items() if number}
         for start in dict.fromkeys(starts.values()):
+            if not rows.of("untuned", removed=removed, start=start):
+                rows.add("untuned", removed=removed, start=start, test=tuning.accuracy(tuning.start(removed, start)))
             for seed in range(options.seeds):
                 if not rows.of("tuned", removed=removed, start=start, seed=seed):
                     rows.add("tuned", removed=removed, start=start, seed=seed, test=tuning(removed, start, seed))
