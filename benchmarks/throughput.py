@@ -14,7 +14,9 @@ measure the accuracy on the validation split (5,000); then the same with 20 step
 
 They alternate in one process; medians, and ratios of them. Besides: what the framework takes of a candidate's time, the
 share of the machine's measured matrix-product rate in bfloat16, and one sensitivity cell a group against as many
-candidates by hand.
+candidates by hand, and against as many that FastNAS of NVIDIA's ModelOpt scores. FastNAS chooses by scores of one layer
+at a time as well; it recalibrates and measures the whole network for each, in float32. It is left out where it can't be
+imported (pip install nvidia-modelopt huggingface_hub torchprofile==0.0.4).
 
 Without `--data-root` the network has random weights and the images are noise: time does not depend on either.
 """
@@ -23,12 +25,15 @@ import argparse
 import contextlib
 import copy
 import fnmatch
+import importlib.metadata
+import io
+import itertools
 import json
 import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -85,33 +90,26 @@ class ByHand:
     """What a user writes: float32, batches of 256, as torch lays tensors out."""
 
     def __init__(self, task: ap.Task, calibration: int, sparsity: float, groups: str) -> None:
-        self.task, self.sparsity, self.groups = task, sparsity, groups
+        self.task = task
         self.model = task.fresh_model().eval()
+        convolutions = [name for name, module in self.model.named_modules() if isinstance(module, nn.Conv2d)]
+        self.ratios = dict.fromkeys(fnmatch.filter(convolutions, groups), sparsity)
         self.val = list(task.val_batches(256))
         self.calibration = list(task.calibration_batches(calibration, 250, 0))
 
     def __call__(self, steps: int) -> float:
         """Evaluate a candidate, and return its accuracy."""
-        model = self.pruned()
-        model.train()
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-        with torch.no_grad():
-            for inputs, _ in self.calibration:
-                model(inputs)
+        model = self.recalibrated(self.pruned())
         if steps:
             self.train(model, steps)
-        model.eval()
-        right = 0
-        with torch.no_grad():
-            for inputs, targets in self.val:
-                right += int((model(inputs).argmax(1) == targets).sum())
-        return right / self.task.n_val
+        return self.accuracy(model)
 
     def pruned(self) -> nn.Module:
         """Return a smaller copy."""
+        return self.sliced(self.ratios)
+
+    def sliced(self, ratios: Mapping[str, float]) -> nn.Module:
+        """Return a copy without these shares of the convolutions' outputs, the smallest in L1."""
         import torch_pruning as tp
 
         model = copy.deepcopy(self.model)
@@ -123,15 +121,34 @@ class ByHand:
                 self.task.example_input,
                 importance=tp.importance.MagnitudeImportance(p=1),
                 pruning_ratio=0.0,
-                pruning_ratio_dict={
-                    module: self.sparsity
-                    for name, module in model.named_modules()
-                    if isinstance(module, nn.Conv2d) and fnmatch.fnmatch(name, self.groups)
-                },
+                pruning_ratio_dict={model.get_submodule(name): ratio for name, ratio in ratios.items()},
                 ignored_layers=[last],
             )
             pruner.step()
         return model
+
+    def recalibrated(self, model: nn.Module) -> nn.Module:
+        """Take batch-norm statistics anew, in place, and return the network in eval mode."""
+        model.train()
+        norms = {module: module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        with torch.no_grad():
+            for inputs, _ in self.calibration:
+                model(inputs)
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
+        return model.eval()
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Return the accuracy on the validation split."""
+        model.eval()
+        right = 0
+        with torch.no_grad():
+            for inputs, targets in self.val:
+                right += int((model(inputs).argmax(1) == targets).sum())
+        return right / self.task.n_val
 
     def train(self, model: nn.Module, steps: int) -> None:
         """Fine-tune, by the recipe of the product."""
@@ -140,6 +157,7 @@ class ByHand:
             model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
         )
         batches = self.task.train_batches(recipe.batch_size, 0)
+        model.train()
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = recipe.lr * one_cycle((step + 1) / steps, recipe.warmup)
             inputs, targets = next(batches)
@@ -223,6 +241,84 @@ def sensitivity(ours: Ours, by_hand: Callable[[int], float]) -> dict[str, float]
     }
 
 
+def by_fastnas(
+    task: ap.Task,
+    calibration: int,
+    constraints: dict[str, str],
+    ratios: Sequence[float] | None,
+    divisor: int,
+) -> tuple[nn.Module, list[float]]:
+    """Return the network that FastNAS makes, and when each score was there; the first is the dense network's.
+
+    Args:
+        task: The network and its data.
+        calibration: Images that batch-norm is recalibrated on for every score; in 50 batches, since it does not with
+            fewer.
+        constraints: As in `{"flops": "50%"}`.
+        ratios: Shares of the channels that may stay; by default its own, in steps of 0.05.
+        divisor: Of the channels that stay; its own, 32, suits larger networks.
+
+    Raises:
+        ImportError: ModelOpt is not there.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import modelopt.torch.prune as mtp
+        from modelopt.torch.nas.autonas import MODELOPT_QUEUE_MAXLEN
+
+        val = list(task.val_batches(256))
+        size = max(2, -(-calibration // MODELOPT_QUEUE_MAXLEN))
+        images = list(task.calibration_batches(MODELOPT_QUEUE_MAXLEN * size, size, 0))
+        ended = []
+
+        def score(model: nn.Module) -> float:
+            model.eval()  # here it recalibrates
+            with torch.no_grad():
+                right = sum(int((model(inputs).argmax(1) == targets).sum()) for inputs, targets in val)
+            ended.append(time.perf_counter())
+            return right / task.n_val
+
+        rules = mtp.fastnas.FastNASConfig().model_dump()
+        for layer, what in (("nn.Conv2d", "channel"), ("nn.BatchNorm2d", "feature")):
+            rules[layer]["*"][f"{what}_divisor"] = divisor
+            if ratios is not None:
+                rules[layer]["*"][f"{what}s_ratio"] = tuple(ratios)
+        config = {
+            "data_loader": images,
+            "score_func": score,
+            "collect_func": lambda batch: batch[0],
+            "verbose": False,
+        }
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            model, _ = mtp.prune(
+                task.fresh_model().eval(),
+                mode=[("fastnas", rules)],
+                constraints=constraints,
+                dummy_input=task.example_input,
+                config=config,
+            )
+    return model, ended
+
+
+def fastnas(task: ap.Task, calibration: int, sparsity: float) -> dict[str, Any]:
+    """Return the seconds that FastNAS takes for scores of single layers without a share of their channels.
+
+    It finds the layers itself. A score is choosing the channels, recalibrating and measuring; what comes before the
+    first and after the last, which is tracing the network, sorting channels and choosing a policy, does not count.
+    """
+    try:
+        _, ended = by_fastnas(task, calibration, {"params": "100%"}, (1 - sparsity, 1.0), 1)
+    except ImportError as error:
+        return {"skipped": f"nvidia-modelopt can't be imported: {error}"}
+    each = [after - before for before, after in itertools.pairwise(ended)]
+    return {
+        "version": importlib.metadata.version("nvidia-modelopt"),
+        "cells": len(each),
+        "seconds": sum(each),
+        "median": statistics.median(each),
+    }
+
+
 def peak(size: int = 4096) -> float:
     """Return multiply-adds a second of matrix products in bfloat16."""
     a, b = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
@@ -246,10 +342,16 @@ def table(found: dict[str, Any]) -> str:
             spread = f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
             lines.append(f"| {name} | {steps} | {spread} | {60 / row['median']:.0f} | {' | '.join(ratios)} |")
     cells = found["sensitivity"]
+    peer = found["fastnas"]
     lines += [
         "",
         f"Sensitivity, {cells['cells']} cells: {cells['ours']:.1f} s, by hand {cells['by_hand']:.1f} s: "
         f"{cells['by_hand'] / cells['ours']:.1f} times as fast; {cells['executed']:.0%} of the multiply-adds ran.",
+        f"FastNAS: {peer['skipped']}."
+        if "skipped" in peer
+        else f"FastNAS of ModelOpt {peer['version']} scores single layers in {peer['median']:.2f} s each: "
+        f"{peer['median'] * cells['cells'] / cells['ours']:.1f} times as long as our cells, "
+        f"{peer['median'] * cells['cells'] / cells['by_hand']:.1f} as by hand.",
         f"Framework: {1e3 * found['overhead']:.1f} ms a candidate. Share of the matrix-product rate in bfloat16: "
         f"{found['share']:.0%}.",
     ]
@@ -279,6 +381,9 @@ def main() -> None:
         "sensitivity": sensitivity(ours["reconstructed"], hand),
         "overhead": same.overhead(),
         "share": work / candidates[0]["ours, recalibrated"]["median"] / peak() if 0 in candidates else None,
+        "fastnas": fastnas(
+            task, options.calibration, options.sparsity, options.groups
+        ),  # last: it changes torch's modules
     }
     print(table(found))
     print(f"\nCandidates are {found['precision']}.")

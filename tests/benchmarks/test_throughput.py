@@ -1,6 +1,8 @@
 """The throughput benchmark compares equal work: its masked network is the smaller one, and what it prints is right."""
 
 import re
+import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -67,6 +69,28 @@ def test_cells_are_counted(script: ModuleType, ours: Any) -> None:
     assert 0 < found["executed"] <= 1
 
 
+def test_fastnas_scores_a_layer_at_a_time(script: ModuleType, task: Task) -> None:
+    pytest.importorskip("modelopt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = script.fastnas(task, 40, 0.5)
+    assert found["cells"] >= 3  # it finds the layers itself
+    assert 0 < found["median"] <= found["seconds"]
+
+
+def test_fastnas_is_left_out_with_a_reason(script: ModuleType, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt", None)
+    assert "can't be imported" in script.fastnas(task, 40, 0.5)["skipped"]
+
+
+def test_by_hand_takes_statistics_anew(script: ModuleType, task: Task) -> None:
+    hand = script.ByHand(task, 40, 0.5, "*.conv1")
+    model = hand.recalibrated(task.fresh_model())
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert not model.training
+    assert all(norm.momentum == 0.1 and norm.running_mean.abs().max() > 0 for norm in norms)
+
+
 def test_the_table_has_the_ratios(script: ModuleType) -> None:
     def row(seconds: float) -> dict[str, float]:
         return {"median": seconds, "low": seconds, "high": seconds, "accuracy": 0.5}
@@ -75,10 +99,12 @@ def test_the_table_has_the_ratios(script: ModuleType) -> None:
         {
             "candidates": {0: {"ours": row(2.0), "by hand": row(5.0), "masked": row(8.0)}},
             "sensitivity": {"cells": 3, "ours": 2.0, "by_hand": 9.0, "executed": 0.25},
+            "fastnas": {"version": "0.47.0", "cells": 2, "seconds": 8.0, "median": 4.0},
             "overhead": 0.003,
             "share": 0.42,
         }
     )
     assert "| ours | 0 | 2.00 (2.00 to 2.00) | 30 | 2.5 | 4.0 |" in text
     assert re.search(r"4\.5 times as fast; 25% of the multiply-adds ran", text)
+    assert "ModelOpt 0.47.0 scores single layers in 4.00 s each: 6.0 times as long as our cells, 1.3 as by hand" in text
     assert "3.0 ms a candidate" in text
