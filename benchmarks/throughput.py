@@ -13,10 +13,10 @@ measure the accuracy on the validation split (5,000); then the same with 20 step
 - masked: the dense network with zeros in place of what is removed, float32, as the published AMC code evaluates.
 
 They alternate in one process; medians, and ratios of them. Besides: what the framework takes of a candidate's time, the
-share of the machine's measured matrix-product rate in bfloat16, and one sensitivity cell a group against as many
-candidates by hand, and against as many that FastNAS of NVIDIA's ModelOpt scores. FastNAS chooses by scores of one layer
-at a time as well; it recalibrates and measures the whole network for each, in float32. It is left out where it can't be
-imported (pip install nvidia-modelopt huggingface_hub torchprofile==0.0.4).
+share of the machine's measured matrix-product rate in bfloat16, where measuring spends its time, what a race saves, and
+sensitivity cells, nine ratios a group, against as many candidates by hand, and as many that FastNAS of NVIDIA's ModelOpt
+scores. FastNAS chooses by scores of one layer at a time as well; it recalibrates and measures the whole network for each,
+in float32. It is left out where it can't be imported (pip install nvidia-modelopt huggingface_hub torchprofile==0.0.4).
 
 Without `--data-root` the network has random weights and the images are noise: time does not depend on either.
 """
@@ -38,16 +38,19 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 
 import autoprune as ap
 from autoprune import models
 from autoprune.evaluation import RUNGS, Evaluator, Ledger, Pipeline
+from autoprune.fidelity import kendall
 from autoprune.finetuning import Recipe
 from autoprune.finetuning.train import one_cycle
 from autoprune.policy import Policy
 from autoprune.preparation import Prepared, prepare
+from autoprune.search_spaces.per_group import PerGroup
 from autoprune.settings import SearchSettings
 
 
@@ -220,25 +223,72 @@ def compare(ways: dict[str, Callable[[int], float]], steps: int, repeats: int) -
     }
 
 
-def sensitivity(ours: Ours, by_hand: Callable[[int], float]) -> dict[str, float]:
-    """Return the seconds of one cell a group, and of as many candidates by hand (three are timed)."""
+def sensitivity(ours: Ours, by_hand: ByHand, ratios: Sequence[float]) -> dict[str, float]:
+    """Return the seconds of one cell a group and ratio, and of as many by hand.
+
+    Three of those by hand are timed, at half of the first, the middle and the last group.
+    """
+    sizes = {name: ours.prepared.structure[name].size for name in ours.names}
     names = sorted(ours.names, key=lambda name: ours.bench.begins({name: ours.removed[name]}))
     started = time.perf_counter()
     for name in names:
-        ours.bench.probe({name: ours.removed[name]})
+        for ratio in ratios:
+            ours.bench.probe({name: round(ratio * sizes[name])})
     mine = time.perf_counter() - started
     times = []
-    for _ in range(3):
+    for name in (names[0], names[len(names) // 2], names[-1]):
         started = time.perf_counter()
-        by_hand(0)
+        by_hand.accuracy(by_hand.recalibrated(by_hand.sliced({name: 0.5})))
         times.append(time.perf_counter() - started)
     executed = ours.bench.executed
+    cells = len(names) * len(ratios)
     return {
-        "cells": len(names),
+        "cells": cells,
         "ours": mine,
-        "by_hand": statistics.median(times) * len(names),
+        "by_hand": statistics.mean(times) * cells,
         "executed": sum(executed) / len(executed),
     }
+
+
+def raced(ours: Ours, number: int) -> dict[str, float]:
+    """Return what a race saves: random policies at half of the multiply-adds, measured whole and as far as it goes."""
+    settings = SearchSettings(budget="macs<=50%", race=True, calibration_images=2000)
+    prepared = prepare(ours.prepared.task, settings)
+    space = PerGroup(prepared.feasible, spend=(1.0, 1.0))
+    rng = np.random.default_rng(0)
+    policies = [space.decode(rng.random(len(space.dimensions)).tolist()) for _ in range(number)]
+    uniform = prepared.feasible.policy(prepared.feasible.uniform(1.0))
+    found: dict[str, list[Any]] = {}
+    seconds = {}
+    for name, rival in (("race", uniform), ("whole", None)):
+        pipeline = Pipeline(prepared.bench, settings.recovery, 0, rival)
+        pipeline(uniform)
+        started = time.perf_counter()
+        found[name] = [pipeline(policy).measurements[-1] for policy in policies]
+        seconds[name] = time.perf_counter() - started
+    n_val = prepared.task.n_val
+    accuracies = {name: [m.accuracy for m in ms] for name, ms in found.items()}
+    return {
+        "policies": number,
+        "stopped": sum(m.samples is not None for m in found["race"]),
+        "samples": sum((m.samples or n_val) / n_val for m in found["race"]) / number,
+        "times": seconds["whole"] / seconds["race"],
+        "tau": kendall(accuracies["race"], accuracies["whole"]).value,
+        "error": float(np.sqrt(np.mean(np.square(np.subtract(accuracies["race"], accuracies["whole"]))))),
+    }
+
+
+def spent(ours: Ours) -> dict[str, float]:
+    """Return the share of measuring a candidate that each kind of operator takes, on one thread."""
+    model = ours.bench.recovered(ours.removed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ours.bench.measure(model)
+    torch.set_num_threads(threads)
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    whole = sum(times.values())
+    return {name: time / whole for name, time in sorted(times.items(), key=lambda item: -item[1])[:6]}
 
 
 def by_fastnas(
@@ -352,9 +402,19 @@ def table(found: dict[str, Any]) -> str:
         else f"FastNAS of ModelOpt {peer['version']} scores single layers in {peer['median']:.2f} s each: "
         f"{peer['median'] * cells['cells'] / cells['ours']:.1f} times as long as our cells, "
         f"{peer['median'] * cells['cells'] / cells['by_hand']:.1f} as by hand.",
+        "Measuring a candidate, on one thread: "
+        + ", ".join(f"{name.removeprefix('aten::')} {share:.0%}" for name, share in found["spent"].items())
+        + ".",
         f"Framework: {1e3 * found['overhead']:.1f} ms a candidate. Share of the matrix-product rate in bfloat16: "
         f"{found['share']:.0%}.",
     ]
+    race = found["race"]
+    if race is not None:
+        lines.append(
+            f"A race, over {race['policies']} random policies: {race['stopped']} were stopped, {race['samples']:.0%} "
+            f"of the samples were measured, {race['times']:.2f} times as fast; the accuracies are "
+            f"{100 * race['error']:.1f} points off (root mean square), Kendall's tau with the whole {race['tau']:.2f}."
+        )
     return "\n".join(lines)
 
 
@@ -378,12 +438,12 @@ def main() -> None:
         "precision": str(same.bench.choice),
         "macs": same.macs,
         "candidates": candidates,
-        "sensitivity": sensitivity(ours["reconstructed"], hand),
+        "sensitivity": sensitivity(ours["reconstructed"], hand, options.ratios),
+        "spent": spent(same),
+        "race": raced(ours["reconstructed"], options.raced) if options.raced else None,
         "overhead": same.overhead(),
         "share": work / candidates[0]["ours, recalibrated"]["median"] / peak() if 0 in candidates else None,
-        "fastnas": fastnas(
-            task, options.calibration, options.sparsity, options.groups
-        ),  # last: it changes torch's modules
+        "fastnas": fastnas(task, options.calibration, options.sparsity),  # last: it changes torch's modules
     }
     print(table(found))
     print(f"\nCandidates are {found['precision']}.")
@@ -415,6 +475,8 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--groups", default="*.conv1", help="which lose channels")
     parser.add_argument("--sparsity", type=float, default=0.5, help="of each of them")
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 20])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[n / 10 for n in range(1, 10)], help="of cells")
+    parser.add_argument("--raced", type=int, default=40, help="random policies of the race; 0 for none")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)

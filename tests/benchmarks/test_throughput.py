@@ -64,9 +64,32 @@ def test_the_framework_s_time_is_taken_without_the_network_s(ours: Any, monkeypa
 
 
 def test_cells_are_counted(script: ModuleType, ours: Any) -> None:
-    found = script.sensitivity(ours, lambda steps: 0.0)
-    assert found["cells"] == len(ours.names)
+    class Nothing:
+        """Takes no time."""
+
+        def sliced(self, ratios: dict[str, float]) -> None:
+            assert list(ratios.values()) == [0.5]
+
+        recalibrated = accuracy = staticmethod(lambda model: 0.0)
+
+    found = script.sensitivity(ours, Nothing(), (0.25, 0.5))
+    assert found["cells"] == 2 * len(ours.names)
     assert 0 < found["executed"] <= 1
+
+
+def test_a_race_is_timed_beside_the_whole(script: ModuleType, ours: Any) -> None:
+    found = script.raced(ours, 5)
+    assert found["policies"] == 5
+    assert 0 < found["samples"] <= 1
+    assert (found["stopped"] == 0) == (found["samples"] == 1)
+    assert 0 <= found["error"] < 1
+
+
+def test_what_measuring_is_spent_on_adds_up(script: ModuleType, ours: Any) -> None:
+    found = script.spent(ours)
+    assert len(found) == 6
+    assert 0.3 < sum(found.values()) <= 1
+    assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
 def test_fastnas_scores_a_layer_at_a_time(script: ModuleType, task: Task) -> None:
@@ -100,6 +123,8 @@ def test_the_table_has_the_ratios(script: ModuleType) -> None:
             "candidates": {0: {"ours": row(2.0), "by hand": row(5.0), "masked": row(8.0)}},
             "sensitivity": {"cells": 3, "ours": 2.0, "by_hand": 9.0, "executed": 0.25},
             "fastnas": {"version": "0.47.0", "cells": 2, "seconds": 8.0, "median": 4.0},
+            "spent": {"aten::conv": 0.6, "aten::add": 0.1},
+            "race": {"policies": 9, "stopped": 4, "samples": 0.6, "times": 1.25, "tau": 0.9, "error": 0.013},
             "overhead": 0.003,
             "share": 0.42,
         }
@@ -108,3 +133,5 @@ def test_the_table_has_the_ratios(script: ModuleType) -> None:
     assert re.search(r"4\.5 times as fast; 25% of the multiply-adds ran", text)
     assert "ModelOpt 0.47.0 scores single layers in 4.00 s each: 6.0 times as long as our cells, 1.3 as by hand" in text
     assert "3.0 ms a candidate" in text
+    assert "on one thread: conv 60%, add 10%." in text
+    assert "over 9 random policies: 4 were stopped, 60% of the samples were measured, 1.25 times as fast" in text
