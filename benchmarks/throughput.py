@@ -15,8 +15,9 @@ measure the accuracy on the validation split (5,000); then the same with 20 step
 They alternate in one process; medians, and ratios of them. Besides: what the framework takes of a candidate's time, the
 share of the machine's measured matrix-product rate in bfloat16, where measuring spends its time, what a race saves, and
 sensitivity cells, nine ratios a group, against as many candidates by hand, and as many that FastNAS of NVIDIA's ModelOpt
-scores. FastNAS chooses by scores of one layer at a time as well; it recalibrates and measures the whole network for each,
-in float32. It is left out where it can't be imported (pip install nvidia-modelopt huggingface_hub torchprofile==0.0.4).
+scores. FastNAS chooses by scores of one layer at a time as well; it recalibrates and measures the whole network for
+each, in float32. It is left out where it can't be imported (pip install nvidia-modelopt huggingface_hub
+torchprofile==0.0.4).
 
 Without `--data-root` the network has random weights and the images are noise: time does not depend on either.
 """
