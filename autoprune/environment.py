@@ -23,15 +23,17 @@ from torch.utils._pytree import tree_leaves
 
 from autoprune.analytic import Analytic
 from autoprune.cost import FeasibleSet
-from autoprune.errors import ConfigError
+from autoprune.errors import ConfigError, SearchOver
 from autoprune.evaluation import Candidate, Result
 from autoprune.inputs import call, first_sample
 from autoprune.policy import Policy
 from autoprune.structure import Structure
 
-__all__ = ["LayerFacts", "Observation", "PruningEnv", "Space", "layer_facts"]
+__all__ = ["ORDERS", "LayerFacts", "Observation", "PruningEnv", "Space", "layer_facts"]
 
 Array = npt.NDArray[np.float32]
+ORDERS = ("forward", "reverse", "random")
+"""In which an episode may decide the groups."""
 
 
 class Space(Protocol):
@@ -126,6 +128,7 @@ class Observation(NamedTuple):
     stride: float
     kernel: float
     cost: float
+    latency: float
     size: float
     slope: float
     target: float
@@ -152,7 +155,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
     allowed. Where `lo == hi`, the action has no effect.
 
     ## Observation Space
-    `Box(0, 1, (17,))`, the fields of `Observation`: features of the group that is decided next, the same after `reset`
+    `Box(0, 1, (18,))`, the fields of `Observation`: features of the group that is decided next, the same after `reset`
     and after `step`. "Cost" is the share of the budget's tightest limit, relative to the dense network's.
 
     | Index | Name | Meaning | Min | Max |
@@ -166,22 +169,28 @@ class PruningEnv(gymnasium.Env[Array, Array]):
     | 6 | stride | Stride, likewise | 0 | 1 |
     | 7 | kernel | Side of the kernel, likewise | 0 | 1 |
     | 8 | cost | Share of the multiply-adds in the layers that write or read it | 0 | 1 |
-    | 9 | size | Elements in the group, relative to the largest group's | 0 | 1 |
-    | 10 | slope | Accuracy lost by sparsity, relative to the most sensitive group's; 0 if not measured | 0 | 1 |
-    | 11 | target | Cost that the budget allows | 0 | 1 |
-    | 12 | fewest | Sparsity at action -1, `lo` divided by the group's size | 0 | 1 |
-    | 13 | most | Sparsity at action 1, `hi` divided by the group's size | 0 | 1 |
-    | 14 | reduced | Cost removed so far | 0 | 1 |
-    | 15 | rest | Cost that this group and those to come can remove | 0 | 1 |
-    | 16 | last | Sparsity of the group before; 0 at the first | 0 | 1 |
+    | 9 | latency | Share of the predicted latency that goes with as much of it as may; 0 without a table | 0 | 1 |
+    | 10 | size | Elements in the group, relative to the largest group's | 0 | 1 |
+    | 11 | slope | Accuracy lost by sparsity, relative to the most sensitive group's; 0 if not measured | 0 | 1 |
+    | 12 | target | Cost that the episode's budget allows | 0 | 1 |
+    | 13 | fewest | Sparsity at action -1, `lo` divided by the group's size | 0 | 1 |
+    | 14 | most | Sparsity at action 1, `hi` divided by the group's size | 0 | 1 |
+    | 15 | reduced | Cost removed so far | 0 | 1 |
+    | 16 | rest | Cost that this group and those to come can remove | 0 | 1 |
+    | 17 | last | Sparsity of the group decided before; 0 at the first | 0 | 1 |
 
-    The observation that ends an episode has position 1, features 1 to 10, 12, 13 and 15 zero, and the others as usual.
+    The observation that ends an episode has position 1, features 1 to 11, 13, 14 and 16 zero, and the others as usual.
 
     ## Rewards
     0 until the last group; then the value of the evaluated candidate, `worst` if it failed.
 
     ## Starting State
-    Nothing is decided; always the same.
+    Nothing is decided. `reset(options=...)` says how the episode goes, the same as the last one's where it does not:
+
+    * `order`: in which order groups are decided: "forward" (the default), "reverse" or "random" (drawn by the
+      generator that `reset(seed=...)` seeds). An order has the last groups pay for what the first ones kept.
+    * `share`: the episode's budget: 1, the whole (the default), to 0, the smallest network that can be reached. An
+      agent that saw several has learnt policies for several (as CACP, whose agent sees the target as well).
 
     ## Episode End
     1. Termination: the last group is decided and the policy is evaluated.
@@ -190,7 +199,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
 
     ## Information
     `group`: name of the group that was decided (after `reset`: that is decided first); `removed`: how many elements it
-    loses; `saturated`: whether `lo == hi`; at the end `candidate`.
+    loses; `saturated`: whether `lo == hi`; at the end `policy` and `candidate`.
 
     ## Arguments
     See below.
@@ -249,8 +258,10 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self._groups = feasible.structure.groups
         self._dense = feasible.utilisation(np.zeros_like(feasible.lower))
         self._constant = _constant_features(feasible, layers, slopes)
-        self._removed = feasible.lower.copy()  # what stands from `_next` on is not looked at
-        self._next = len(self._groups)  # an episode starts with `reset`
+        self._removed = feasible.lower.copy()  # of groups that are not decided yet it is not looked at
+        self._order = np.arange(len(self._groups))
+        self._kind_of_order, self._target = "forward", 1.0
+        self._decided = len(self._groups)  # so many; an episode starts with `reset`
 
     # -- for agents that propose whole policies -------------------------------------------------------------------
 
@@ -287,10 +298,25 @@ class PruningEnv(gymnasium.Env[Array, Array]):
     # -- for agents that decide group by group --------------------------------------------------------------------
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
-        """Start an episode; the seed has no effect but Gymnasium's own, as nothing here is random."""
+        """Start an episode; the seed is of random orders.
+
+        Raises:
+            ConfigError: An option that does not exist.
+        """
         super().reset(seed=seed)
-        self._next = 0
-        return self._observation(), {"group": self._groups[0].name}
+        options = options or {}
+        order, share = options.get("order", self._kind_of_order), options.get("share")
+        if order not in ORDERS or not (share is None or 0 <= share <= 1) or set(options) - {"order", "share"}:
+            raise ConfigError(f"`order` is one of {', '.join(ORDERS)} and `0 <= share <= 1`, but got {options}")
+        self._kind_of_order = order
+        if share is not None:
+            self._target = self.feasible.target(share)
+        groups = len(self._groups)
+        self._order = self.np_random.permutation(groups) if order == "random" else np.arange(groups)
+        if order == "reverse":
+            self._order = self._order[::-1]
+        self._decided = 0
+        return self._observation(), {"group": self._groups[self._next].name}
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         """Decide the next group; at the last, wait for the candidate.
@@ -317,7 +343,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
             ResetNeeded: The episode has ended.
             SearchOver: The evaluations are spent.
         """
-        if self._next == len(self._groups):
+        if self._decided == len(self._groups):
             raise ResetNeeded("the episode has ended, or never began: call `reset` before `step`")
         if not self.action_space.contains(np.asarray(action, dtype=np.float32)):
             raise ConfigError(f"an action is one number in [-1, 1], but got {np.asarray(action).tolist()}")
@@ -326,15 +352,45 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         wanted = decided.nearest(low + (float(action[0]) + 1) / 2 * (high - low))
         self._removed[self._next] = min(high, max(low, wanted))
         info = {"group": decided.name, "removed": int(self._removed[self._next]), "saturated": low == high}
-        self._next += 1
-        last = self._next == len(self._groups)
-        result = self.submit(self.feasible.policy(self._removed)) if last else None
-        return self._observation(), result, info
+        self._decided += 1
+        last = self._decided == len(self._groups)
+        if not last:
+            return self._observation(), None, info
+        policy = self.feasible.policy(self._removed)
+        return self._observation(), self.submit(policy), info | {"policy": policy}
 
     @property
     def interval(self) -> tuple[int, int]:
         """The fewest and the most elements that the group that is decided next may lose; -1 and 1 as actions."""
-        return self.feasible.interval(self._removed, self._next, np.arange(len(self._groups)) >= self._next)
+        return self.feasible.interval(self._removed, self._next, self._undecided, self._target)
+
+    def without_evaluation(self) -> "PruningEnv":
+        """Return the same environment, its episode not begun, for trying an agent out: nothing is measured.
+
+        The last decision's information has the `policy`, and there is no candidate to wait for.
+        """
+        other = copy.copy(self)
+        other._removed = self._removed.copy()
+        other._decided = len(self._groups)
+
+        def nothing(policy: Policy) -> Result:
+            def refuse() -> Candidate:
+                raise SearchOver("this environment measures nothing")
+
+            return refuse
+
+        other._submit = nothing
+        return other
+
+    @property
+    def _next(self) -> int:
+        return int(self._order[self._decided])
+
+    @property
+    def _undecided(self) -> npt.NDArray[np.bool_]:
+        undecided = np.zeros(len(self._groups), dtype=np.bool_)
+        undecided[self._order[self._decided :]] = True
+        return undecided
 
     def action_for(self, policy: Policy) -> Array:
         """Return the action that takes what a policy says from the group that is decided next, or the nearest to it."""
@@ -344,17 +400,18 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         return np.array([min(1.0, max(-1.0, 2 * share - 1))], dtype=np.float32)
 
     def _observation(self) -> Array:
-        undecided = np.arange(len(self._groups)) >= self._next
+        undecided, over = self._undecided, self._decided == len(self._groups)
+        before = self._order[self._decided - 1]
         most_expensive = self.feasible.utilisation(np.where(undecided, self.feasible.lower, self._removed))
         cheapest = self.feasible.utilisation(np.where(undecided, self.feasible.upper, self._removed))
         changing = {
-            "position": self._next / len(self._groups),
-            "target": min(1.0, 1 / self._dense),
+            "position": 1.0 if over else self._next / len(self._groups),
+            "target": min(1.0, self._target / self._dense),
             "reduced": 1 - most_expensive / self._dense,
             "rest": (most_expensive - cheapest) / self._dense,
-            "last": self._removed[self._next - 1] / self._groups[self._next - 1].size if self._next else 0.0,
+            "last": self._removed[before] / self._groups[before].size if self._decided else 0.0,
         }
-        if self._next == len(self._groups):
+        if over:
             features = Observation(**dict.fromkeys(Observation._fields, 0.0) | changing)
         else:
             size = self._groups[self._next].size
@@ -385,6 +442,18 @@ def _constant_features(
         | {
             "kind": float(group.name in layers and facts[index].kernel == 0),
             "cost": min(1.0, feasible.costs.macs_share(group.name)),
+            "latency": _latency_share(feasible, index),
         }
         for index, group in enumerate(groups)
     ]
+
+
+def _latency_share(feasible: FeasibleSet, index: int) -> float:
+    """Return the share of the dense network's predicted latency that goes with the most a group may lose."""
+    dense = feasible.costs.dense.latency_ms
+    if dense is None:
+        return 0.0
+    removed = np.zeros_like(feasible.upper)
+    removed[index] = feasible.upper[index]
+    without = feasible.costs.cost(removed).latency_ms
+    return 0.0 if without is None else min(1.0, max(0.0, 1 - without / dense))

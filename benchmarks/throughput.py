@@ -14,8 +14,8 @@ measure the accuracy on the validation split (5,000); then the same with 20 step
 
 They alternate in one process; medians, and ratios of them. Besides: what the framework takes of a candidate's time, the
 share of the machine's measured matrix-product rate in bfloat16, where measuring spends its time, what a race saves, and
-sensitivity cells, nine ratios a group, against as many candidates by hand, and as many that FastNAS of NVIDIA's ModelOpt
-scores. FastNAS chooses by scores of one layer at a time as well; it recalibrates and measures the whole network for
+sensitivity cells, nine ratios a group, beside as many candidates by hand, and as many that FastNAS of NVIDIA's ModelOpt
+scores. FastNAS too chooses by scores of one layer at a time; it recalibrates and measures the whole network for
 each, in float32. It is left out where it can't be imported (pip install nvidia-modelopt huggingface_hub
 torchprofile==0.0.4).
 

@@ -368,3 +368,94 @@ def test_layer_facts_of_every_kind_of_layer() -> None:
     }
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
+
+
+# -- how an episode goes ----------------------------------------------------------------------------------------------
+
+
+def episode(env: PruningEnv, value: float, **options: Any) -> tuple[list[str], list[Observation], Policy]:
+    """Return the groups in the order in which they are decided, what is seen before each, and the policy."""
+    observation, info = env.reset(options=options)
+    groups, seen = [info["group"]], []
+    while "policy" not in info:
+        seen.append(Observation(*observation.tolist()))
+        observation, _, info = env.decide(action(value))
+        groups.append(info["group"])
+    return groups[1:], seen, info["policy"]
+
+
+def test_groups_are_decided_forward_in_reverse_or_at_random() -> None:
+    env, names = make(), list(FEASIBLE.structure.names)
+    assert episode(env, 0.0)[0] == names
+    backwards, seen, policy = episode(env, 1.0, order="reverse")
+    assert backwards == names[::-1]
+    assert [o.position for o in seen] == pytest.approx([0.75, 0.5, 0.25, 0.0])
+    assert seen[0].last == 0
+    assert [o.last for o in seen[1:]] == pytest.approx([policy[name] for name in names[:0:-1]])
+    assert episode(env, 0.0)[0] == names[::-1]  # it stays
+    env.reset(seed=3, options={"order": "random"})
+    drawn = [tuple(episode(env, 0.0)[0]) for _ in range(20)]
+    assert len(set(drawn)) > 5
+    assert all(sorted(order) == sorted(names) for order in drawn)
+    env.reset(seed=3)
+    assert [tuple(episode(env, 0.0)[0]) for _ in range(20)] == drawn
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=4, max_size=4), st.sampled_from(["forward", "reverse", "random"]))
+def test_the_budget_is_met_in_any_order(values: list[float], order: str) -> None:
+    env = make()
+    env.reset(seed=0, options={"order": order})
+    for value in values:
+        _, result, info = env.decide(action(value))
+    assert result is not None
+    assert FEASIBLE.utilisation(FEASIBLE.removed(info["policy"])) <= 1
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.2, 0.0])
+def test_an_episode_may_have_a_part_of_the_budget(share: float) -> None:
+    env = make()
+    _, seen, policy = episode(env, -1.0, share=share)  # as little as may go
+    used, target = FEASIBLE.utilisation(FEASIBLE.removed(policy)), FEASIBLE.target(share)
+    assert used <= target + 1e-12
+    assert used >= target - 0.2
+    dense = FEASIBLE.utilisation(np.zeros_like(FEASIBLE.lower))
+    assert all(o.target == pytest.approx(target / dense) for o in seen)
+
+
+@pytest.mark.parametrize("wrong", [{"order": "sideways"}, {"share": 1.5}, {"shares": 0.5}])
+def test_options_that_do_not_exist_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="`order` is one of forward, reverse, random and `0 <= share <= 1`"):
+        make().reset(options=wrong)
+
+
+def test_trying_out_measures_nothing_and_leaves_the_episode() -> None:
+    evaluator = SyntheticEvaluator(FEASIBLE, evaluations=5)
+    env = make(submit=evaluator.submit)
+    env.reset()
+    env.step(action(0.3))
+    before = env.interval
+    quiet = env.without_evaluation()
+    _, _, policy = episode(quiet, 0.5)
+    assert evaluator.calls == 0
+    assert env.interval == before
+    result = None
+    quiet.reset()
+    for _ in FEASIBLE.structure:
+        _, result, info = quiet.decide(action(0.5))
+    assert info["policy"] == policy
+    assert result is not None
+    with pytest.raises(SearchOver, match="measures nothing"):
+        result()
+
+
+def test_a_latency_table_gives_each_group_its_share() -> None:
+    class Table:
+        def predict(self, removed: np.ndarray) -> float:
+            return float(10 - removed[1])
+
+    feasible = chain((6, 8, 12, 5))
+    feasible.costs.latency = Table()  # type: ignore[assignment]
+    env = make(feasible=feasible, space=PerGroup(feasible, spend=(1.0, 1.0)))
+    _, seen, _ = episode(env, 0.0)
+    assert [o.latency for o in seen] == pytest.approx([0, feasible.upper[1] / 10, 0, 0])
+    assert [o.latency for o in episode(make(), 0.0)[1]] == [0, 0, 0, 0]

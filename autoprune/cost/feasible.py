@@ -180,7 +180,13 @@ class FeasibleSet:
             counts = trial if self.utilisation(trial) <= target else counts
         return counts
 
-    def interval(self, removed: Removed, index: int, undecided: npt.NDArray[np.bool_]) -> tuple[int, int]:
+    def target(self, share: float) -> float:
+        """Return the utilisation at a share of the way from the smallest network, 0, to the whole budget, 1."""
+        return (1 - share) * self.utilisation(self.upper) + share
+
+    def interval(
+        self, removed: Removed, index: int, undecided: npt.NDArray[np.bool_], target: float = 1.0
+    ) -> tuple[int, int]:
         """Return the fewest and most elements that group `index` may lose, given what is decided.
 
         The fewest is what still meets the budget when all other undecided groups lose the most they may.
@@ -189,13 +195,14 @@ class FeasibleSet:
             removed: `(groups,)` counts; those of undecided groups are not looked at.
             index: The group to decide.
             undecided: `(groups,)` whether a group is still to be decided.
+            target: Share of the budget to use at most.
         """
         counts = np.where(undecided, self.upper, removed)
         high, multiple = int(self.upper[index]), int(self.multiples[index])
 
         def fits(count: int) -> bool:
             counts[index] = count
-            return self.utilisation(counts) <= 1
+            return self.utilisation(counts) <= target
 
         lowest = int(self.lower[index])
         if fits(lowest):
