@@ -276,6 +276,13 @@ def search(
             help="Largest tolerated loss of accuracy (0.01 is a point); without a budget: the cheapest within it."
         ),
     ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="What is raised: resource (the accuracy within the budget), or AMC's accuracy-guaranteed reward "
+            "-error*log(cost): accuracy (of the MACs), accuracy-params."
+        ),
+    ] = "resource",
     agent: Annotated[str, typer.Option(help=f"What proposes policies: {', '.join(registry.names('agent'))}.")] = "tpe",
     space: Annotated[
         str, typer.Option(help=f"What has a sparsity of its own: {', '.join(registry.names('search space'))}.")
@@ -337,6 +344,7 @@ def search(
         "candidates": candidates,
         "control": control,
         "finetune_steps": finetune_steps,
+        "protocol": protocol,
         "promote": _share(promote),
         "race": race,
         "lr": lr,

@@ -51,6 +51,7 @@ from autoprune.result import (
     uniform_at,
     write_front,
 )
+from autoprune.rewards import PROTOCOLS, Reward, within_drop
 from autoprune.run import FORMAT, RunFolder, write_json
 from autoprune.seeds import derive
 from autoprune.sensitivity import SensitivityReport, conditions
@@ -120,8 +121,13 @@ def search(
             f"an agent is a name or an object with `objectives` and `run(env, *, seed)`, but got {searcher!r}; "
             "see autoprune.agents.base"
         )
-    if options.budget is None and options.max_drop is None and searcher.objectives == "one":
-        raise ConfigError("a search needs an aim: give a budget such as macs<=50%, or max_drop such as 0.01, or both")
+    aims = options.budget is not None or options.max_drop is not None or options.protocol != "resource"
+    if searcher.objectives == "one" and not aims:
+        raise ConfigError(
+            "a search needs an aim: give a budget such as macs<=50%, or max_drop such as 0.01, or both; or a protocol"
+        )
+    if searcher.objectives == "several" and options.protocol != "resource":
+        raise ConfigError(f"protocol {options.protocol} is for agents with one objective; this one has several")
     if options.race and searcher.objectives == "several":
         raise ConfigError("`race` compares at one cost, but this agent trades accuracy for cost; leave it out")
     watcher = progress or Silent()
@@ -442,7 +448,8 @@ class _Search:
 
     def _trades(self, agent: Any) -> bool:
         """Say whether accuracy is traded for cost, instead of making the best of the whole budget."""
-        return bool(agent.objectives == "several") or self.settings.max_drop is not None
+        settings = self.settings
+        return agent.objectives == "several" or settings.max_drop is not None or settings.protocol != "resource"
 
     def _search_deadline(self) -> float | None:
         """Return when the agent has to end: what is promoted needs time too."""
@@ -496,7 +503,7 @@ class _Search:
             layers=layer_facts(self.prepared.task.model, self.prepared.task.example_input, structure),
             slopes=slopes,
             predicted=predicted,
-            worst=0.0 if self.settings.max_drop is None else -1.0,
+            worst=self._worst,
         )
 
     def _warm_starts(
@@ -515,23 +522,21 @@ class _Search:
             starts += [sensitivity.allocate(within), sensitivity.threshold(within)]
         return [*starts, self._uniform(share)]
 
-    def _value(self, dense: Measurement) -> Callable[[Candidate], float]:
-        """Return what an agent with one objective is to raise.
-
-        Under a budget alone, the accuracy (AMC's resource-constrained reward). With a tolerated drop: how far the
-        accuracy falls below what is tolerated, and once it does not, the share of the multiply-adds saved.
-        """
+    def _value(self, dense: Measurement) -> Reward:
+        """Return what an agent with one objective is to raise."""
         max_drop = self.settings.max_drop
         if max_drop is None:
-            return lambda candidate: candidate.accuracy
-        dense_macs = self.prepared.costs.dense.macs
-        wanted = dense.accuracy - max_drop
+            return PROTOCOLS[self.settings.protocol]
+        return within_drop(dense.accuracy - max_drop, self.prepared.costs.dense.macs)
 
-        def value(candidate: Candidate) -> float:
-            missing = wanted - candidate.accuracy
-            return -missing if missing > 1e-9 else 1.0 - candidate.macs / dense_macs
-
-        return value
+    @property
+    def _worst(self) -> float:
+        """What a candidate that failed is worth: no more than any other."""
+        if self.settings.max_drop is not None:
+            return -1.0
+        costs = self.prepared.costs.dense
+        logs = {"resource": 0.0, "accuracy": math.log(costs.macs), "accuracy-params": math.log(costs.params)}
+        return -logs[self.settings.protocol]
 
     def _within(self, sensitivity: SensitivityReport | None) -> FeasibleSet:
         """Return the feasible set within what the analyzer found bearable, if the budget can be met there."""
@@ -637,7 +642,9 @@ class _Search:
         result = f"failed: {candidate.failure}" if candidate.failure else f"accuracy {candidate.accuracy:.4f}"
         macs = candidate.macs / self.prepared.costs.dense.macs
         top = ""
-        if best and self.settings.max_drop is None:
+        if best and self.settings.protocol != "resource":
+            top = f"best reward {best[-1]:.4f}; "
+        elif best and self.settings.max_drop is None:
             top = f"best {best[-1]:.4f}; "
         elif best:
             within = f"best {1 - best[-1]:.1%} of the MACs within the drop; "

@@ -11,6 +11,7 @@ from autoprune.errors import ConfigError, UnknownNameError
 from autoprune.evaluation import PRECISIONS, RUNGS, Recovery
 from autoprune.evaluation.ladder import FEWEST, FEWEST_SAMPLED, HIGHEST, rungs
 from autoprune.finetuning import Recipe
+from autoprune.rewards import PROTOCOLS
 from autoprune.structure.analysis import KINDS
 from autoprune.structure.weights import WeightKind
 
@@ -24,6 +25,8 @@ class SearchSettings:
     Attributes:
         budget: Upper limits on the cost, as in `macs<=50%` or `macs<=20M,params<=0.4`.
         max_drop: Largest tolerated loss of accuracy; without a budget the search looks for the cheapest network in it.
+        protocol: What an agent with one objective raises (see `autoprune.rewards`): "resource", the accuracy within the
+            budget; "accuracy" or "accuracy-params", AMC's accuracy-guaranteed reward, for which no budget is needed.
         agent: Name of what proposes policies.
         space: Name of the search space.
         candidates: Distinct policies that the agent may have evaluated.
@@ -63,6 +66,7 @@ class SearchSettings:
 
     budget: str | None = None
     max_drop: float | None = None
+    protocol: str = "resource"
     agent: str = "tpe"
     space: str = "group"
     candidates: int = 60
@@ -109,7 +113,11 @@ class SearchSettings:
         if self.max_drop is not None and not 0 <= self.max_drop < 1:
             raise ConfigError(f"`0 <= max_drop < 1` must hold, but got max_drop={self.max_drop}; 0.01 is one point")
         self._check_promotion()
-        if self.race and (self.max_drop is not None or self.budget is None):
+        if self.protocol not in PROTOCOLS:
+            raise UnknownNameError("protocol", self.protocol, tuple(PROTOCOLS))
+        if self.protocol != "resource" and self.max_drop is not None:
+            raise ConfigError(f"protocol {self.protocol} has a reward of its own; give it or max_drop")
+        if self.race and (self.protocol != "resource" or self.max_drop is not None or self.budget is None):
             raise ConfigError("`race` compares with uniform at the same cost; give a budget, and no max_drop")
         if self.race and self.recovery.finetune_steps:
             raise ConfigError(
@@ -151,7 +159,7 @@ class SearchSettings:
             )
 
     def _check_types(self) -> None:
-        texts = ("budget", "agent", "space", "criterion", "recover", "precision")
+        texts = ("budget", "protocol", "agent", "space", "criterion", "recover", "precision")
         wholes = ("candidates", "multiple", "control", "finetune_steps", "calibration_images", "seed")
         numbers = ("max_drop", "lr", "max_sparsity", "time_limit", "moments_memory", "activations_memory")
         optional = ("budget", "max_drop", "control", "time_limit")

@@ -22,7 +22,7 @@ _TRAINING = f"{_NETWORK} {_TASK} moments scoring scheduling"
 _EVALUATION = f"{_TRAINING} finetuning evaluation"
 _PREDICTION = f"{_EVALUATION} separable analytic"
 _OUTPUT = "fidelity pareto report export finaliser tracking result"
-_RESULT = f"_version {_PREDICTION} bounds settings preparation sensitivity {_OUTPUT}"
+_RESULT = f"_version {_PREDICTION} bounds rewards settings preparation sensitivity {_OUTPUT}"
 _PARTS = f"{_RESULT} environment"
 _ALL = f"{_PARTS} search search_spaces agents autoprune"
 
@@ -53,7 +53,8 @@ LAYERS = {
     "evaluation": f"{_TRAINING} finetuning pareto",
     "fidelity": _EVALUATION,
     "bounds": "errors structure",
-    "settings": _EVALUATION,
+    "rewards": _EVALUATION,
+    "settings": f"{_EVALUATION} rewards",
     "sensitivity": _PREDICTION,
     "environment": f"{_PREDICTION} sensitivity",
     "report": "errors policy pareto run",

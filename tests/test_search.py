@@ -275,7 +275,7 @@ def test_the_config_holds_everything_resolved(done: Done) -> None:
         **{"sensitivity": [0.25, 0.5, 0.75], "max_sparsity": 0.9, "bounds": {}},
         **{"units": ["channels", "heads"], "multiple": 1, "normalised": False},
         **{"recover": "reconstructed", "moments_memory": 2.0, "precision": "auto"},
-        **{"activations_memory": 2.0, "promote": 1.0, "race": False},
+        **{"activations_memory": 2.0, "promote": 1.0, "race": False, "protocol": "resource"},
     }
     assert {"python", "torch", "optuna", "autoprune"} <= config["versions"].keys()
 
@@ -681,6 +681,19 @@ def test_a_race_measures_less_and_picks_as_well(tmp_path: Path, light: None) -> 
     assert raced.summary["picked"]["id"] not in {c.id for c in stopped}
     with pytest.raises(ConfigError, match="`race` compares at one cost"):
         run(tmp_path / "several", agent="nsga2", race=True, **given)
+
+
+@pytest.mark.parametrize("agent", ["tpe", "amc"])
+def test_without_a_budget_the_second_protocol_trades_error_for_size(agent: str, tmp_path: Path, light: None) -> None:
+    given: dict[str, Any] = {"agent": agent, "budget": None, "sensitivity": (), "finetune_steps": 0, "candidates": 8}
+    result = run(tmp_path / "run", protocol="accuracy", **given)
+    macs = {c.macs for c in result.candidates if c.arm == "search"}
+    assert len(macs) > 3  # they do not fill a budget
+    assert result.summary["picked"]["rule"] == "knee of the front"
+    with pytest.raises(ConfigError, match="a search needs an aim: give a budget"):
+        run(tmp_path / "other", **given)
+    with pytest.raises(ConfigError, match="protocol accuracy is for agents with one objective"):
+        run(tmp_path / "other", protocol="accuracy", **(given | {"agent": "nsga2"}))
 
 
 LEARNT: dict[str, Any] = LADDER | {"candidates": 24, "promote": "auto"}

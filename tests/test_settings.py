@@ -148,3 +148,12 @@ def test_a_race_is_at_one_cost_and_of_what_is_not_fine_tuned() -> None:
     with pytest.raises(ConfigError, match="`race` saves measuring, which is little where"):
         SearchSettings(race=True, budget="macs<=50%", finetune_steps=50)
     assert SearchSettings(race=True, budget="macs<=50%", finetune_steps=50, promote=0.25).race
+
+
+def test_a_protocol_has_a_name_and_a_reward_of_its_own() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'accuracy'"):
+        SearchSettings(protocol="acuracy")
+    with pytest.raises(ConfigError, match="protocol accuracy has a reward of its own; give it or max_drop"):
+        SearchSettings(protocol="accuracy", max_drop=0.01)
+    with pytest.raises(ConfigError, match="`race` compares with uniform at the same cost"):
+        SearchSettings(protocol="accuracy", budget="macs<=50%", race=True)
