@@ -18,54 +18,66 @@ Where it differs, because a search has tens of episodes where the paper has 800,
 * Rewards are divided by their standard deviation: accuracies that lie close together would drown in the critic's noise.
 * Exploration shrinks to a fiftieth over the whole search (paper: 0.95 an episode), but not below half an element, where
   it would change nothing; it doubles while the agent repeats policies that are known already.
+
+`AMCAgent.published()` has the paper's own settings, for searches of hundreds of episodes. TD3, SAC and PPO act in the
+same environment: `TD3Agent` and `SACAgent` walk and learn as above with another learner, `PPOAgent` learns on-policy.
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Self, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from stable_baselines3 import DDPG
+from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecEnv
 
 from autoprune.agents.base import Objectives, in_turn
-from autoprune.environment import PruningEnv
+from autoprune.environment import ORDERS, PruningEnv
 from autoprune.errors import ConfigError
 from autoprune.evaluation import Result
 from autoprune.policy import Policy
 
-__all__ = ["AMCAgent", "truncated_normal"]
+__all__ = ["AMCAgent", "PPOAgent", "SACAgent", "TD3Agent", "truncated_normal"]
 
 Array = npt.NDArray[np.float32]
 Walked = list[tuple[Array, Array, Array]]
 """An episode: what was observed, the action, and what was observed then, of every decision."""
 
-_HIDDEN = [300, 300]
-_EPISODES_KEPT = 100
-_BATCH = 64
-_TAU = 0.01  # how fast target networks follow
 _LAST_SIGMA = 0.02  # exploration at the end, relative to its start
+_FOREVER = 1 << 62  # steps: the evaluations end a search, not these
 
 
-@final
 class AMCAgent:
     """The agent of AMC, fitted to few evaluations; see the module for where it differs, and `Agent` for the contract.
 
     Args:
         warmup: Episodes before the actor decides, warm starts among them. None: a third of the evaluations.
         sigma: Standard deviation of the first exploration, as a fraction of what is feasible.
+        decay: Factor by which exploration shrinks with every episode. None: to a fiftieth over the search.
         updates: Gradient steps a decision.
         actor_lr: Learning rate of the actor.
         critic_lr: Learning rate of the critic.
         bootstrap_after: Decisions until the critic's own estimate stands in for the return. None: never.
+        hidden: Units of the hidden layers.
+        tau: How fast target networks follow, in (0, 1].
+        batch: Transitions of a gradient step.
+        episodes_kept: In the replay memory.
+        order: In which groups are decided: "forward", "reverse" or "random".
+        shares: Shares of the budget that episodes get in turn, from 0, the smallest network, to 1. With several, the
+            agent has learnt policies for all budgets in between, see `policy_for`.
+
+    Attributes:
+        learner: The trained learner of Stable-Baselines3, once the search has begun.
 
     Raises:
-        ConfigError: A setting is not positive.
+        ConfigError: A setting is out of range.
     """
 
     objectives: ClassVar[Objectives] = "one"
@@ -75,95 +87,250 @@ class AMCAgent:
         *,
         warmup: int | None = None,
         sigma: float = 0.5,
+        decay: float | None = None,
         updates: int = 4,
         actor_lr: float = 1e-3,
         critic_lr: float = 1e-3,
         bootstrap_after: int | None = None,
+        hidden: Sequence[int] = (300, 300),
+        tau: float = 0.01,
+        batch: int = 64,
+        episodes_kept: int = 100,
+        order: str = "forward",
+        shares: Sequence[float] = (1.0,),
     ) -> None:
-        settings = {
+        positive = {
             "warmup": warmup,
             "sigma": sigma,
+            "decay": decay,
             "updates": updates,
             "actor_lr": actor_lr,
             "critic_lr": critic_lr,
             "bootstrap_after": bootstrap_after,
+            "tau": tau,
+            "batch": batch,
+            "episodes_kept": episodes_kept,
         }
-        for name, value in settings.items():
+        for name, value in positive.items():
             if value is not None and not value > 0:
                 raise ConfigError(f"`{name} > 0` must hold, but got {name}={value}")
+        if order not in ORDERS:
+            raise ConfigError(f"`order` must be one of {', '.join(ORDERS)}, but got {order!r}")
+        if not shares or not all(0 <= share <= 1 for share in shares):
+            raise ConfigError(f"`0 <= share <= 1` must hold for all of `shares`, but got {list(shares)}")
         self.warmup = warmup
         self.sigma = sigma
+        self.decay = decay
         self.updates = updates
         self.actor_lr = actor_lr
         self.critic_lr = critic_lr
         self.bootstrap_after = bootstrap_after
+        self.hidden = tuple(hidden)
+        self.tau = tau
+        self.batch = batch
+        self.episodes_kept = episodes_kept
+        self.order = order
+        self.shares = tuple(shares)
+        self.learner: _Learner | None = None
+
+    @classmethod
+    def published(cls, **changes: Any) -> Self:
+        """Return the agent with the paper's settings: 100 episodes of warm-up, rates of 1e-4 and 1e-3, and so on."""
+        settings = {"warmup": 100, "decay": 0.95, "updates": 1, "actor_lr": 1e-4, "bootstrap_after": 1}
+        return cls(**{**settings, **changes})
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
         rng = np.random.default_rng(seed)
         generators = _LentGenerators(seed)
         with generators.lent():
-            learner = self._learner(env)
+            learner = self.learner = self._learner(env)
         warmup = self.warmup if self.warmup is not None else max(1, env.evaluations // 3)
         plans = list(env.warm_starts)
         while len(plans) < warmup:
             plans.append(env.space.decode(rng.random(len(env.space.dimensions)).tolist()))
         known: set[str] = set()
+        env.reset(seed=seed)
 
-        def follow(plan: Policy) -> tuple[Walked, Result]:
-            return _walk(env, lambda _: env.action_for(plan))
+        def options(episode: int) -> dict[str, Any]:
+            return {"order": self.order, "share": self.shares[episode % len(self.shares)]}
 
-        for walked, candidate in in_turn(env, map(follow, plans)):
+        def follow(numbered: tuple[int, Policy]) -> tuple[Walked, Result]:
+            number, plan = numbered
+            share = {"share": 1.0} if number < len(env.warm_starts) else {}
+            return _walk(env, lambda _: env.action_for(plan), options(number) | share)
+
+        for walked, candidate in in_turn(env, map(follow, enumerate(plans))):
             learner.remember(walked, env.value(candidate))
             known.add(candidate.id)
         with generators.lent():
-            learner.train(self.updates * len(plans) * len(env.feasible.structure), _BATCH)
+            learner.train(self.updates * len(plans) * len(env.feasible.structure), self.batch)
 
-        shrink = _LAST_SIGMA ** (1 / max(1, env.evaluations - len(plans)))
+        shrink = self.decay or _LAST_SIGMA ** (1 / max(1, env.evaluations - len(plans)))
         sigma, repeated = 2 * self.sigma, 1.0  # the actions' range is 2
 
         def explore(observation: Array) -> Array:
-            preferred, _ = learner.predict(observation, deterministic=True)
             low, high = env.interval
             half_an_element = 1 / max(1, high - low)
-            return truncated_normal(float(preferred[0]), max(sigma, half_an_element) * repeated, rng)
+            with generators.lent():
+                preferred = self._preferred(learner, observation)
+            return truncated_normal(preferred, max(sigma, half_an_element) * repeated, rng)
 
         def explored() -> Iterator[tuple[Walked, Result]]:
             nonlocal sigma
+            episode = len(plans)
             while True:
-                yield _walk(env, explore)
+                yield _walk(env, explore, options(episode))
                 sigma *= shrink
+                episode += 1
 
         for walked, candidate in in_turn(env, explored()):
             learner.remember(walked, env.value(candidate))
             repeated = repeated * 2 if candidate.id in known else 1.0
             known.add(candidate.id)
             with generators.lent():
-                learner.train(self.updates * len(env.feasible.structure), _BATCH)
+                learner.train(self.updates * len(env.feasible.structure), self.batch)
+
+    def policy_for(self, env: PruningEnv, share: float = 1.0) -> Policy:
+        """Return what the trained actor decides for a share of an environment's budget; nothing is measured.
+
+        Args:
+            env: The one that it was trained in, or one of another budget of the same network.
+            share: From 0, the smallest network that can be reached, to 1, the whole budget.
+
+        Raises:
+            ConfigError: The agent was not trained.
+        """
+        if self.learner is None:
+            raise ConfigError("the agent has not learnt anything yet; run it first")
+        learner, info = self.learner, dict[str, Any]()
+        quiet = env.without_evaluation()
+        observation, _ = quiet.reset(
+            options={"order": "reverse" if self.order == "reverse" else "forward", "share": share}
+        )
+        while "policy" not in info:
+            action, _ = learner.predict(observation, deterministic=True)
+            observation, _, info = quiet.decide(action)
+        policy: Policy = info["policy"]
+        return policy
+
+    def _preferred(self, learner: "_Learner", observation: Array) -> float:
+        """Return the action around which is explored."""
+        action, _ = learner.predict(observation, deterministic=True)
+        return float(action[0])
 
     def _learner(self, env: PruningEnv) -> "_Learner":
+        learner = _DDPG("MlpPolicy", env, **self._of_learner(env))
+        learner.begin((self.actor_lr, self.critic_lr))
+        return learner
+
+    def _of_learner(self, env: PruningEnv) -> dict[str, Any]:
         decisions = len(env.feasible.structure)
-        learner = _Learner(
-            "MlpPolicy",
-            env,
-            buffer_size=_EPISODES_KEPT * decisions,
-            batch_size=_BATCH,
-            tau=_TAU,
-            gamma=1.0,
-            replay_buffer_class=_Replay,
-            replay_buffer_kwargs={"n_steps": min(self.bootstrap_after or decisions, decisions), "gamma": 1.0},
-            policy_kwargs={"net_arch": _HIDDEN},
-            device="cpu",
-        )
-        learner.rates = (self.actor_lr, self.critic_lr)
-        learner.set_logger(Logger(folder=None, output_formats=[]))
+        return {
+            "buffer_size": self.episodes_kept * decisions,
+            "batch_size": self.batch,
+            "tau": self.tau,
+            "gamma": 1.0,
+            "replay_buffer_class": _Replay,
+            "replay_buffer_kwargs": {"n_steps": min(self.bootstrap_after or decisions, decisions), "gamma": 1.0},
+            "policy_kwargs": {"net_arch": list(self.hidden)},
+            "device": "cpu",
+        }
+
+
+@final
+class TD3Agent(AMCAgent):
+    """AMC's walk with TD3 as learner (Fujimoto et al. 2018, https://arxiv.org/abs/1802.09477), for DDPG.
+
+    Two critics, of which the lower counts, target actions with noise, and an actor that learns at every other step.
+    Settings are those of `AMCAgent`.
+    """
+
+    def _learner(self, env: PruningEnv) -> "_Learner":
+        learner = _TD3("MlpPolicy", env, **self._of_learner(env))
+        learner.begin((self.actor_lr, self.critic_lr))
         return learner
 
 
-def _walk(env: PruningEnv, act: Callable[[Array], Array]) -> tuple[Walked, Result]:
+@final
+class SACAgent(AMCAgent):
+    """AMC's walk with soft actor-critic as learner (Haarnoja et al. 2018, https://arxiv.org/abs/1812.05905), for DDPG.
+
+    Its policy is random by itself, so that exploration is around actions that it draws. Settings are those of
+    `AMCAgent`.
+    """
+
+    def _preferred(self, learner: "_Learner", observation: Array) -> float:
+        action, _ = learner.predict(observation, deterministic=False)
+        return float(action[0])
+
+    def _learner(self, env: PruningEnv) -> "_Learner":
+        learner = _SAC("MlpPolicy", env, **self._of_learner(env))
+        learner.begin((self.actor_lr, self.critic_lr))
+        return learner
+
+
+@final
+class PPOAgent:
+    """Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.06347) in AMC's environment.
+
+    On-policy: it learns from its own episodes only, some at a time, so that warm starts are evaluated and not learnt
+    from. As many episodes as may be under way run side by side. See `Agent` for the contract.
+
+    Args:
+        episodes: Between two updates, at least 2.
+        epochs: Passes over them.
+        lr: Learning rate.
+        hidden: Units of the hidden layers.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
+
+    objectives: ClassVar[Objectives] = "one"
+
+    def __init__(
+        self, *, episodes: int = 5, epochs: int = 10, lr: float = 1e-3, hidden: Sequence[int] = (64, 64)
+    ) -> None:
+        for name, value, least in (("episodes", episodes, 2), ("epochs", epochs, 1)):
+            if value < least:
+                raise ConfigError(f"`{name} >= {least}` must hold, but got {name}={value}")
+        if not lr > 0:
+            raise ConfigError(f"`lr > 0` must hold, but got lr={lr}")
+        self.episodes = episodes
+        self.epochs = epochs
+        self.lr = lr
+        self.hidden = tuple(hidden)
+
+    def run(self, env: PruningEnv, *, seed: int) -> None:
+        """Search until the evaluations are spent."""
+        for _ in in_turn(env, ((None, env.submit(policy)) for policy in env.warm_starts)):
+            pass
+        generators = _LentGenerators(seed)
+        lanes = _Lanes(env, generators)
+        decisions = len(env.feasible.structure)
+        each = -(-self.episodes // lanes.num_envs)
+        with generators.lent():
+            learner = PPO(
+                "MlpPolicy",
+                lanes,
+                learning_rate=self.lr,
+                n_steps=decisions * each,
+                batch_size=decisions * each * lanes.num_envs,
+                n_epochs=self.epochs,
+                gamma=1.0,
+                gae_lambda=1.0,
+                policy_kwargs={"net_arch": list(self.hidden)},
+                device="cpu",
+            )
+            learner.set_logger(Logger(folder=None, output_formats=[]))
+            learner.learn(_FOREVER)
+
+
+def _walk(env: PruningEnv, act: Callable[[Array], Array], options: Mapping[str, Any]) -> tuple[Walked, Result]:
     """Decide all groups, and return what was seen and done, and what waits for the candidate."""
     walked: Walked = []
-    observation, _ = env.reset()
+    observation, _ = env.reset(options=dict(options))
     result: Result | None = None
     while result is None:
         action = act(observation)
@@ -187,10 +354,15 @@ def truncated_normal(mean: float, sigma: float, rng: np.random.Generator) -> Arr
     return np.array([min(1.0, max(-1.0, drawn))], dtype=np.float32)
 
 
-class _Learner(DDPG):
-    """DDPG with a learning rate each for actor and critic, that is told what happened rather than asked to act."""
+class _Learner(OffPolicyAlgorithm):
+    """What Stable-Baselines3's learners are given: they are told what happened rather than asked to act."""
 
-    rates: tuple[float, float]
+    _rates: tuple[float, float]
+
+    def begin(self, rates: tuple[float, float]) -> None:
+        """Set the learning rates of actor and critic."""
+        self._rates = rates
+        self.set_logger(Logger(folder=None, output_formats=[]))
 
     def remember(self, walked: Walked, reward: float) -> None:
         """Put an episode into the replay memory, its reward at its end; the actions are those that were executed."""
@@ -202,9 +374,22 @@ class _Learner(DDPG):
             memory.add(observation, after, action, np.array([reward if last else 0.0]), np.array([last]), [{}])
 
     def _update_learning_rate(self, optimizers: list[torch.optim.Optimizer] | torch.optim.Optimizer) -> None:
-        for optimizer, rate in zip((self.actor.optimizer, self.critic.optimizer), self.rates, strict=True):
+        own: Any = self
+        for optimizer, rate in zip((own.actor.optimizer, own.critic.optimizer), self._rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate
+
+
+class _DDPG(_Learner, DDPG):
+    pass
+
+
+class _TD3(_Learner, TD3):
+    pass
+
+
+class _SAC(_Learner, SAC):
+    pass
 
 
 class _Replay(NStepReplayBuffer):
@@ -232,21 +417,85 @@ class _LentGenerators:
     """
 
     def __init__(self, seed: int) -> None:
-        self._numpy: Any = np.random.MT19937(seed).state
-        self._torch = torch.Generator().manual_seed(seed).get_state()
+        self._away: tuple[Any, torch.Tensor, int] = (
+            np.random.MT19937(seed).state,
+            torch.Generator().manual_seed(seed).get_state(),
+            1,
+        )
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Put the borrower's state in place, and the owner's back."""
-        numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - it is lent
-        threads = torch.get_num_threads()
-        np.random.set_state(self._numpy)  # noqa: NPY002
-        torch.set_rng_state(self._torch)
-        torch.set_num_threads(1)
+        """Put the borrower's state in place, and the owner's back; inside another, the other way round."""
+        self._swap()
         try:
             yield
         finally:
-            self._numpy, self._torch = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-            np.random.set_state(numpy_state)  # noqa: NPY002
-            torch.set_rng_state(torch_state)
-            torch.set_num_threads(threads)
+            self._swap()
+
+    def _swap(self) -> None:
+        here = np.random.get_state(), torch.get_rng_state(), torch.get_num_threads()  # noqa: NPY002 - it is lent
+        numpy_state, torch_state, threads = self._away
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(torch_state)
+        torch.set_num_threads(threads)
+        self._away = here
+
+
+class _Lanes(VecEnv):
+    """Environments side by side, in step: their candidates are under way together.
+
+    They are evaluated with the owner's generators and threads.
+    """
+
+    def __init__(self, env: PruningEnv, generators: _LentGenerators) -> None:
+        self._lanes = [env.beside() for _ in range(env.at_once)]  # which the other base asks about
+        super().__init__(env.at_once, env.observation_space, env.action_space)
+        self._generators = generators
+        self._actions: Array = np.zeros((env.at_once, 1), dtype=np.float32)
+
+    def reset(self) -> Array:
+        """Begin an episode in each."""
+        return np.stack([lane.reset()[0] for lane in self._lanes])
+
+    def step_async(self, actions: Array) -> None:
+        """Take the actions, `(lanes, 1)`."""
+        self._actions = actions
+
+    def step_wait(self) -> tuple[Array, Array, npt.NDArray[np.bool_], list[dict[str, Any]]]:
+        """Decide a group in each; at the last, wait for all candidates."""
+        seen, results, infos = [], list[Result | None](), list[dict[str, Any]]()
+        with self._generators.lent():  # back to the owner
+            for lane, action in zip(self._lanes, self._actions, strict=True):
+                observation, result, _ = lane.decide(action)
+                infos.append({} if result is None else {"terminal_observation": observation})
+                seen.append(observation if result is None else lane.reset()[0])
+                results.append(result)
+            values = [
+                0.0 if result is None else lane.value(result())
+                for lane, result in zip(self._lanes, results, strict=True)
+            ]
+        dones = np.array([result is not None for result in results])
+        return np.stack(seen), np.array(values, dtype=np.float32), dones, infos
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """Return an attribute of each."""
+        return [getattr(lane, attr_name) for lane in self._chosen(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Set an attribute of each."""
+        for lane in self._chosen(indices):
+            setattr(lane, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """Call a method of each."""
+        return [getattr(lane, method_name)(*args, **kwargs) for lane in self._chosen(indices)]
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        """Say that none is."""
+        return [False for _ in self._chosen(indices)]
+
+    def _chosen(self, indices: Any) -> list[PruningEnv]:
+        return [self._lanes[index] for index in self._get_indices(indices)]

@@ -7,6 +7,7 @@ do the same without waiting, for several policies under way together.
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -262,6 +263,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self._order = np.arange(len(self._groups))
         self._kind_of_order, self._target = "forward", 1.0
         self._decided = len(self._groups)  # so many; an episode starts with `reset`
+        self._tally = Counter[str]()
 
     # -- for agents that propose whole policies -------------------------------------------------------------------
 
@@ -352,6 +354,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         wanted = decided.nearest(low + (float(action[0]) + 1) / 2 * (high - low))
         self._removed[self._next] = min(high, max(low, wanted))
         info = {"group": decided.name, "removed": int(self._removed[self._next]), "saturated": low == high}
+        self._tally.update(decisions=1, saturated=int(low == high))
         self._decided += 1
         last = self._decided == len(self._groups)
         if not last:
@@ -364,14 +367,25 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         """The fewest and the most elements that the group that is decided next may lose; -1 and 1 as actions."""
         return self.feasible.interval(self._removed, self._next, self._undecided, self._target)
 
+    @property
+    def saturated(self) -> float | None:
+        """Share of all decisions so far, of this environment and those beside it, that had no choice."""
+        return self._tally["saturated"] / self._tally["decisions"] if self._tally["decisions"] else None
+
+    def beside(self) -> "PruningEnv":
+        """Return another environment of the same search, whose episodes are its own; one has not begun."""
+        other = copy.copy(self)
+        other._removed = self._removed.copy()
+        other._decided = len(self._groups)
+        return other
+
     def without_evaluation(self) -> "PruningEnv":
         """Return the same environment, its episode not begun, for trying an agent out: nothing is measured.
 
         The last decision's information has the `policy`, and there is no candidate to wait for.
         """
-        other = copy.copy(self)
-        other._removed = self._removed.copy()
-        other._decided = len(self._groups)
+        other = self.beside()
+        other._tally = Counter()
 
         def nothing(policy: Policy) -> Result:
             def refuse() -> Candidate:

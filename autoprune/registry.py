@@ -19,6 +19,9 @@ FAMILIES = MappingProxyType(
             {
                 "amc": "autoprune.agents.amc:AMCAgent",
                 "analytic": "autoprune.agents.analytic:AnalyticAgent",
+                "ppo": "autoprune.agents.amc:PPOAgent",
+                "sac": "autoprune.agents.amc:SACAgent",
+                "td3": "autoprune.agents.amc:TD3Agent",
                 "nsga2": "autoprune.agents.optuna:NSGA2Agent",
                 "random": "autoprune.agents.random:RandomAgent",
                 "tpe": "autoprune.agents.optuna:TPEAgent",

@@ -188,6 +188,7 @@ class _Search:
         self.late = False  # whether the time limit left somebody unpromoted
         limit = self.settings.time_limit
         self.deadline = None if limit is None else started + limit
+        self.saturated: float | None = None  # share of the decisions that had no choice
         self.logged = 0
         self.best: list[float] = []  # values, as candidates came
         self.predicted: Analytic | None = None
@@ -216,6 +217,7 @@ class _Search:
             folder = self.folder
             files = (folder.config, folder.sensitivity, folder.ledger, folder.front, folder.report, folder.figures)
             metrics = {f"picked.{k}": v for k, v in summary.get("picked", {}).items() if isinstance(v, int | float)}
+            metrics |= {} if self.saturated is None else {"saturated": self.saturated}
             tracker.finish(
                 metrics=metrics,
                 artifacts=[file for file in files if file.exists()],
@@ -349,6 +351,9 @@ class _Search:
         environment = self._environment(feasible, space, arm, value, sensitivity, shares, predicted)
         _until_over(agent, environment, derive(self.settings.seed, "agent"))
         arm.drain()
+        self.saturated = environment.saturated
+        if self.saturated is not None:
+            self.progress.line(f"{self.saturated:.0%} of the decisions had no choice")
         self.progress.end()
         self.evaluator.watch = self._log
         if self.settings.race:
@@ -595,6 +600,7 @@ class _Search:
             "evaluations": len(self.evaluator.ledger),
             "rungs": rungs_of(evaluators),
             "candidates": len(arm.candidates),
+            "saturated": self.saturated,
             "seconds": round(time.monotonic() - self.started, 1),
             "stopped": TIME_LIMIT if self.late else arm.stopped,
             "dense": dense_record,

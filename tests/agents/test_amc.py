@@ -12,12 +12,14 @@ from stable_baselines3.common.buffers import NStepReplayBuffer
 
 from autoprune import search
 from autoprune.agents import amc
-from autoprune.agents.amc import AMCAgent, truncated_normal
+from autoprune.agents.amc import AMCAgent, PPOAgent, SACAgent, TD3Agent, truncated_normal
 from autoprune.agents.base import Agent
 from autoprune.agents.random import RandomAgent
 from autoprune.environment import Observation, PruningEnv
 from autoprune.errors import ConfigError
+from autoprune.evaluation import Candidate, Result
 from autoprune.finetuning import Recipe, train
+from autoprune.policy import Policy
 from autoprune.task import Task
 from autoprune.testing import AgentContract, SyntheticEvaluator, run_agent, synthetic_env
 from autoprune.tracking import NullTracker
@@ -29,6 +31,24 @@ class TestAMCAgent(AgentContract):
     @pytest.fixture
     def agent(self) -> Agent:
         return AMCAgent(updates=1)
+
+
+class TestTD3Agent(AgentContract):
+    @pytest.fixture
+    def agent(self) -> Agent:
+        return TD3Agent(updates=1, order="reverse")
+
+
+class TestSACAgent(AgentContract):
+    @pytest.fixture
+    def agent(self) -> Agent:
+        return SACAgent(updates=1, order="random")
+
+
+class TestPPOAgent(AgentContract):
+    @pytest.fixture
+    def agent(self) -> Agent:
+        return PPOAgent(episodes=2, epochs=1)
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
@@ -179,8 +199,69 @@ def test_actor_and_critic_learn_at_their_own_rates() -> None:
     assert learner.critic.optimizer.param_groups[0]["lr"] == 2e-3
 
 
+def test_ppo_runs_as_many_episodes_side_by_side_as_may_be_under_way() -> None:
+    env, evaluator = synthetic_env(evaluations=12)
+    env.at_once = 3
+    under_way: list[str] = []
+    most = 0
+
+    def submit(policy: Policy) -> Result:
+        nonlocal most
+        result = evaluator.submit(policy)
+        under_way.append(policy.id)
+        most = max(most, len(under_way))
+
+        def taken() -> Candidate:
+            under_way.remove(policy.id)
+            return result()
+
+        return taken
+
+    env._submit = submit
+    run_agent(PPOAgent(episodes=3, epochs=1), env, seed=0)
+    assert most == 3
+    assert len(evaluator.candidates) == 12
+
+
+def test_an_agent_that_saw_several_budgets_has_policies_for_them() -> None:
+    env, evaluator = synthetic_env(evaluations=30)
+    agent = AMCAgent(shares=(1.0, 0.5), updates=1)
+    with pytest.raises(ConfigError, match="has not learnt anything yet"):
+        agent.policy_for(env)
+    run_agent(agent, env, seed=0)
+    calls = evaluator.calls
+    feasible = env.feasible
+    used = {share: feasible.utilisation(feasible.removed(agent.policy_for(env, share))) for share in (1.0, 0.5, 0.2)}
+    assert evaluator.calls == calls  # nothing is measured
+    assert all(used[share] <= feasible.target(share) + 1e-9 for share in used)
+    halved = [
+        c for c in evaluator.candidates if feasible.utilisation(feasible.removed(c.policy)) <= feasible.target(0.5)
+    ]
+    assert len(halved) >= 10
+    assert agent.policy_for(env, 0.5) == agent.policy_for(env, 0.5)
+
+
 @pytest.mark.parametrize(
-    "settings", [{"warmup": 0}, {"sigma": 0.0}, {"updates": 0}, {"actor_lr": -1.0}, {"critic_lr": 0.0}]
+    ("settings", "message"),
+    [
+        ({"order": "sideways"}, "`order` must be one of forward, reverse, random"),
+        ({"shares": ()}, "`0 <= share <= 1` must hold"),
+        ({"shares": (0.5, 1.5)}, "`0 <= share <= 1` must hold"),
+    ],
+)
+def test_orders_and_shares_that_do_not_exist_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        AMCAgent(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"episodes": 1}, {"epochs": 0}, {"lr": 0.0}])
+def test_ppo_refuses_useless_settings(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must hold"):
+        PPOAgent(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"warmup": 0}, {"sigma": 0.0}, {"updates": 0}, {"actor_lr": -1.0}, {"critic_lr": 0.0}, {"decay": 0.0}]
 )
 def test_useless_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="> 0` must hold"):
@@ -189,8 +270,11 @@ def test_useless_settings_are_refused(settings: dict[str, Any]) -> None:
 
 def test_the_papers_settings_run() -> None:
     env, evaluator = synthetic_env(evaluations=8)
-    run_agent(AMCAgent(warmup=2, updates=1, actor_lr=1e-4, bootstrap_after=1), env, seed=0)
+    agent = AMCAgent.published(warmup=2)
+    run_agent(agent, env, seed=0)
     assert len(evaluator.candidates) == 8
+    assert (agent.actor_lr, agent.critic_lr, agent.decay, agent.hidden) == (1e-4, 1e-3, 0.95, (300, 300))
+    assert AMCAgent.published().warmup == 100
 
 
 # -- randomness -------------------------------------------------------------------------------------------------------
