@@ -1,5 +1,6 @@
 """The command line: reads options, calls the library, prints. What a command does is elsewhere."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -280,7 +281,14 @@ def search(
         float,
         typer.Option(help="Share of the candidates that get them, the best, after the search; 1: all, as proposed."),
     ] = 1.0,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning.")] = 0.01,
+    shared_steps: Annotated[
+        int,
+        typer.Option(
+            help="Gradient steps, once and first, that train one set of weights under many policies; all candidates "
+            "are cut from it."
+        ),
+    ] = 0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning, and of shared steps.")] = 0.01,
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
     moments_memory: MomentsMemory = 2.0,
@@ -330,6 +338,7 @@ def search(
         "control": control,
         "finetune_steps": finetune_steps,
         "promote": promote,
+        "shared_steps": shared_steps,
         "lr": lr,
         "recover": recover,
         "calibration_images": calibration_images,
@@ -352,7 +361,7 @@ def search(
     with watching(quiet) as progress:
         work = _task(source, baseline=RunFolder(out).baseline, progress=progress, trained=not dry_run)
         if dry_run:
-            _print_widths(prepare(work, options))
+            _print_widths(prepare(work, dataclasses.replace(options, shared_steps=0)))
             return
         executor = _executor(workers, ray_address, worker_gpus)
         places: dict[str, Any] = {"out": out, "progress": progress, "source": source, "executor": executor}

@@ -36,7 +36,10 @@ class SearchSettings:
         promote: Share of the candidates that get those steps, once the agent has finished: the best, then the same
             share of these for as much longer, and so on (see `autoprune.evaluation.ladder`). 1: all, as they are
             proposed, so that the agent learns from what they are afterwards.
-        lr: Peak learning rate of short fine-tuning.
+        shared_steps: Gradient steps in which one set of weights is trained under changing policies, before anything is
+            evaluated; all candidates are then cut from these (see `autoprune.finetuning.shared`). 0: from the dense
+            network's own.
+        lr: Peak learning rate of short fine-tuning, and of those steps.
         precision: What candidates are fine-tuned and measured in: "auto" (the fastest that agrees with float32 on this
             machine), "float32" or "bfloat16". The saved network's numbers are in float32.
         calibration_images: Augmented training images that batch-norm statistics and fits are made from.
@@ -67,6 +70,7 @@ class SearchSettings:
     recover: str = "reconstructed"
     finetune_steps: int = 0
     promote: float = 1.0
+    shared_steps: int = 0
     lr: float = 0.01
     precision: str = "auto"
     calibration_images: int = 2000
@@ -95,7 +99,7 @@ class SearchSettings:
                 WeightKind.read(unit)
         if not self.units:
             raise ConfigError("`units` must name what may be removed, for example channels")
-        lowest = {"candidates": 1, "multiple": 1, "finetune_steps": 0, "calibration_images": 2}
+        lowest = {"candidates": 1, "multiple": 1, "finetune_steps": 0, "shared_steps": 0, "calibration_images": 2}
         for name, minimum in lowest.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"`{name} >= {minimum}` must hold, but got {name}={getattr(self, name)}")
@@ -128,7 +132,7 @@ class SearchSettings:
 
     def _check_types(self) -> None:
         texts = ("budget", "agent", "space", "criterion", "recover", "precision")
-        wholes = ("candidates", "multiple", "control", "finetune_steps", "calibration_images", "seed")
+        wholes = ("candidates", "multiple", "control", "finetune_steps", "shared_steps", "calibration_images", "seed")
         numbers = ("max_drop", "promote", "lr", "max_sparsity", "time_limit", "moments_memory", "activations_memory")
         optional = ("budget", "max_drop", "control", "time_limit")
         for names, kind, word in (
@@ -164,14 +168,32 @@ class SearchSettings:
     @property
     def recovery(self) -> Recovery:
         """How far candidates are recovered when they are proposed."""
-        return Recovery(self.calibration_images, self.finetune_steps if self.promote == 1 else 0, Recipe(lr=self.lr))
+        return Recovery(self.calibration_images, self.finetune_steps if self.promote == 1 else 0, self.recipe)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How weights are trained while policies are searched."""
+        return Recipe(lr=self.lr)
 
     @property
     def measured_with(self) -> dict[str, Any]:
         """What sensitivity cells depend on."""
         names = ("criterion", "recover", "calibration_images", "seed", "units", "multiple", "normalised")
         values = {name: getattr(self, name) for name in names}
-        return values | {"units": list(self.units)}
+        return values | {"units": list(self.units)} | self.shared_with
+
+    @property
+    def whole_budget(self) -> bool:
+        """Whether candidates use the whole budget, instead of trading accuracy for cost; an agent may still trade."""
+        return self.budget is not None and self.max_drop is None
+
+    @property
+    def shared_with(self) -> dict[str, Any]:
+        """What the shared weights depend on besides `measured_with`; empty where there are none."""
+        if not self.shared_steps:
+            return {}
+        names = ("shared_steps", "lr", "budget", "max_drop", "space", "max_sparsity", "bounds")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object; the time limit is left out, since it does not change what a search is."""

@@ -248,8 +248,9 @@ def add_gradients(model: nn.Module, smaller: nn.Module, change: Cut) -> None:
     added for what went, nor for weights that the cut made zero.
 
     Args:
-        model: The dense network; a parameter that has no gradient yet gets one. Frozen ones get none.
-        smaller: What `cut` made of it, after its backward pass; parameters without a gradient add nothing.
+        model: The dense network; a parameter that has no gradient yet gets one.
+        smaller: What `cut` made of it, after its backward pass; parameters without a gradient, as frozen ones, add
+            nothing.
         change: The cut.
     """
     there = dict(smaller.named_parameters(remove_duplicate=False))
@@ -259,7 +260,7 @@ def add_gradients(model: nn.Module, smaller: nn.Module, change: Cut) -> None:
     for first, parameter in model.named_parameters():
         stays = [name for name in names[id(parameter)] if name in there]  # it may have gone with a block
         gradient = there[stays[0]].grad if stays else None
-        if gradient is None or not parameter.requires_grad:
+        if gradient is None:
             continue
         if first in change.zeroed:
             gradient = gradient.masked_fill(change.zeroed[first].to(gradient.device), 0.0)
