@@ -218,22 +218,21 @@ def _drawn(feasible: FeasibleSet, settings: SearchSettings) -> Iterator[Sequence
     """Yield the policies of one step of shared training after another, as counts: the smallest, and random ones.
 
     The smallest is the uniform policy at the least cost that candidates are likely to have, and not the smallest that
-    can be reached: that one has lost almost everything everywhere, can't be of use to anybody, and its gradients would
-    be all that the others hear. Under a budget alone all candidates use the whole of it, so that is where all policies
-    lie; where accuracy is traded for cost, they lie between a quarter of it, where the search's own starts begin, and
-    the whole. Random ones come from the search's space, so that they are of the sort that is searched.
+    can be reached: that one has lost almost everything everywhere, is of use to nobody, and its gradients would drown
+    the others'. Under a budget alone all candidates use the whole of it, so that is where all policies lie. Where
+    accuracy is traded for cost, they lie between a quarter of the way from the smallest to the whole budget, which is
+    about where the search's own starts begin, and the whole. Random ones come from the search's space, so that they are
+    of the sort that is searched.
     """
     least = 1.0 if settings.whole_budget else _LEAST
+    reached = feasible.utilisation(feasible.upper)
     structure = feasible.structure
-    smallest = structure.removed(feasible.policy(feasible.within(least).uniform()))
+    smallest = structure.removed(feasible.policy(feasible.uniform(reached + least * (1 - reached))))
     generator = np.random.default_rng(derive(settings.seed, "shared policies"))
-    space_of = registry.resolve("search space", settings.space)
+    space = registry.resolve("search space", settings.space)(feasible, spend=(least, 1.0))
     while True:
-        policies = [smallest]
-        for _ in range(_DRAWN):
-            space = space_of(feasible.within(generator.uniform(least, 1.0)), spend=(1.0, 1.0))
-            policies.append(structure.removed(space.decode(generator.random(len(space.dimensions)))))
-        yield policies
+        points = generator.random((_DRAWN, len(space.dimensions)))
+        yield [smallest, *(structure.removed(space.decode(point)) for point in points)]
 
 
 def _moments(

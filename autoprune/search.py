@@ -21,7 +21,7 @@ import numpy as np
 
 from autoprune import registry
 from autoprune.analytic import Analytic
-from autoprune.cost import FeasibleSet, compare
+from autoprune.cost import Budget, FeasibleSet, Limit, compare
 from autoprune.errors import (
     ConfigError,
     DivergedError,
@@ -458,7 +458,9 @@ class _Search:
         """Return what the curves suggest, and uniform, at a share of the budget; nothing where it can't be reached."""
         if sensitivity is None and predicted is None:
             return []
-        within = feasible.within(share)
+        limits = feasible.budget.limits or (Limit("macs", 1.0, relative=True),)
+        less = Budget(tuple(dataclasses.replace(limit, value=share * limit.value) for limit in limits))
+        within = dataclasses.replace(feasible, budget=less)
         if within.utilisation(within.upper) > 1:
             return []
         starts = [] if predicted is None else [predicted.allocate(within)]

@@ -275,7 +275,7 @@ def test_the_config_holds_everything_resolved(done: Done) -> None:
         **{"sensitivity": [0.25, 0.5, 0.75], "max_sparsity": 0.9, "bounds": {}},
         **{"units": ["channels", "heads"], "multiple": 1, "normalised": False},
         **{"recover": "reconstructed", "moments_memory": 2.0, "precision": "auto"},
-        **{"activations_memory": 2.0, "promote": 1.0},
+        **{"activations_memory": 2.0, "promote": 1.0, "shared_steps": 0},
     }
     assert {"python", "torch", "optuna", "autoprune"} <= config["versions"].keys()
 

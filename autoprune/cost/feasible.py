@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from autoprune.cost.budget import Budget, Limit
+from autoprune.cost.budget import Budget
 from autoprune.cost.count import Cost
 from autoprune.cost.formula import CostModel, Removed
 from autoprune.errors import ConfigError, InfeasibleBudgetError
@@ -210,14 +210,6 @@ class FeasibleSet:
         stays = np.array([name in groups for name in self.structure.names])
         less = replace(self, upper=np.where(stays, self.lower, self.upper))
         return less if less.utilisation(less.upper) <= 1 else self
-
-    def within(self, share: float) -> Self:
-        """Return the set of a budget that is this share of every limit; of the multiply-adds, where there is none.
-
-        Nothing is checked: the budget may be below the smallest cost that can be reached.
-        """
-        limits = self.budget.limits or (Limit("macs", 1.0, relative=True),)
-        return replace(self, budget=Budget(tuple(replace(limit, value=share * limit.value) for limit in limits)))
 
     def _refuse(self) -> None:
         for limit in self.budget.limits:

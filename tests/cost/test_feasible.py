@@ -105,25 +105,6 @@ class TestBuild:
         assert feasible.removed({"conv1": 0.0, "conv2": 0.9}).tolist() == [2, 4]
 
 
-class TestWithin:
-    """A share of the budget."""
-
-    def test_of_every_limit(self):
-        whole = made(TinyNet(), "macs<=80%,params<=600")
-        half = whole.within(0.5)
-        assert [(limit.metric, limit.value) for limit in half.budget.limits] == [("macs", 0.4), ("params", 300.0)]
-        assert (half.lower.tolist(), half.upper.tolist()) == (whole.lower.tolist(), whole.upper.tolist())
-        assert half.utilisation(whole.upper) == pytest.approx(2 * whole.utilisation(whole.upper))
-
-    def test_of_the_multiply_adds_where_there_is_no_budget(self):
-        half = made(TinyNet(), None).within(0.5)
-        assert half.costs.cost(half.uniform()).macs <= half.costs.dense.macs / 2
-
-    def test_what_can_not_be_reached_is_not_refused(self):
-        least = made(TinyNet(), "macs<=80%").within(1e-6)
-        assert least.uniform().tolist() == least.upper.tolist()
-
-
 class TestRefused:
     def test_a_bound_of_an_unknown_group(self):
         with pytest.raises(ConfigError, match=r"a bound is given for group 'conv3', but .* groups are conv1, conv2"):
