@@ -1,6 +1,7 @@
 """The command line: reads options, calls the library, prints. What a command does is elsewhere."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -299,10 +300,17 @@ def search(
             "as many as it takes, learnt from some."
         ),
     ] = "1",
+    shared_steps: Annotated[
+        int,
+        typer.Option(
+            help="Gradient steps, once and first, that train one set of weights under many policies; all candidates "
+            "are cut from it."
+        ),
+    ] = 0,
     race: Annotated[
         bool, typer.Option("--race", help="Measure candidates that are clearly worse than uniform no further.")
     ] = False,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning.")] = 0.01,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning, and of shared steps.")] = 0.01,
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
     moments_memory: MomentsMemory = 2.0,
@@ -346,6 +354,7 @@ def search(
         "finetune_steps": finetune_steps,
         "protocol": protocol,
         "promote": _share(promote),
+        "shared_steps": shared_steps,
         "race": race,
         "lr": lr,
         "recover": recover,
@@ -369,7 +378,7 @@ def search(
     with watching(quiet) as progress:
         work = _task(source, baseline=RunFolder(out).baseline, progress=progress, trained=not dry_run)
         if dry_run:
-            _print_widths(prepare(work, options))
+            _print_widths(prepare(work, dataclasses.replace(options, shared_steps=0)))
             return
         executor = _executor(workers, ray_address, worker_gpus)
         places: dict[str, Any] = {"out": out, "progress": progress, "source": source, "executor": executor}

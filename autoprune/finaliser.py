@@ -92,7 +92,7 @@ class PrunedNetwork:
         bench = self._evaluator.bench
         batches = list(bench.placed(bench.task.open_test(FINALISER).batches(500)))
         pruned = measure(self.model, batches, bench.task.metric, bench.task.loss).summary(self.fidelity)
-        return pruned, measure(bench.model, batches, bench.task.metric, bench.task.loss).summary("dense")
+        return pruned, measure(bench.original, batches, bench.task.metric, bench.task.loss).summary("dense")
 
     def save(self, folder: str | Path) -> Path:
         """Write the network to a folder that `autoprune.load` reads, and prove that it loads to the same outputs.
@@ -115,7 +115,7 @@ class PrunedNetwork:
         return export.save(
             self.model,
             folder,
-            dense=bench.model,
+            dense=bench.original,
             change=bench.change(self.candidate.removed),
             example_input=bench.task.example_input,
             measured=measured,

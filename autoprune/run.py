@@ -36,6 +36,8 @@ class RunFolder:
         self.precision = self.path / "precision.json"
         self.latency = self.path / "latency.json"
         self.moments = self.path / "moments.safetensors"
+        self.shared = self.path / "shared.safetensors"
+        self.shared_moments = self.path / "shared_moments.safetensors"
         self.ledger = self.path / "ledger.jsonl"
         self.front = self.path / "front.json"
         self.result = self.path / "result.json"

@@ -148,7 +148,7 @@ def search(
     }
     going_on = folder.claim(config, ("digest", "measures", "search", "agent"))
     at_once = folder.read(folder.config)["parallel"]["at_once"]
-    prepared = prepare(task, options, folder)
+    prepared = prepare(task, options, folder, watcher)
     if going_on and folder.result.exists():
         summary = folder.read(folder.result)
         if summary["stopped"] != TIME_LIMIT:
@@ -159,7 +159,8 @@ def search(
         watcher.line(f"going on with {folder.path}: {len(evaluator.ledger)} candidates are there")
     if reuse is not None and not folder.sensitivity.exists():
         report = SensitivityReport.load(Path(reuse))
-        report.require(task.digest(), conditions(task, options.measured_with, prepared.bench.precision))
+        bench = prepared.bench
+        report.require(task.digest(), conditions(task, options.measured_with, bench.precision, bench.weights))
         report.save(folder.sensitivity)
     log = tracker or MLflowTracker(experiment="autoprune", run_name=folder.path.name, parent_run_id=_parent_run(folder))
     return _Search(prepared, evaluator, folder, watcher, log, started).run(searcher)
@@ -626,7 +627,7 @@ class _Search:
         """Return what the dense and the picked network take for one sample here, measured in turn."""
         bench, example = self.prepared.bench, self.prepared.task.example_input
         with suited_threads(bench.macs):
-            times = compare({"dense": bench.model, "picked": picked.model}, example)
+            times = compare({"dense": bench.original, "picked": picked.model}, example)
         return {name: dataclasses.asdict(latency) for name, latency in times.items()}
 
     # -- words ----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from autoprune.analytic import Analytic
 from autoprune.cost import CostModel, FeasibleSet
 from autoprune.errors import ConfigError, ExecutorError, RunError
 from autoprune.evaluation import Executor, Measurement, Precision, Probe, Workbench
+from autoprune.finetuning import SharedWeights
 from autoprune.policy import Policy
 from autoprune.run import write_json
 from autoprune.scoring import Evidence
@@ -123,7 +124,8 @@ class SensitivityReport:
     Attributes:
         digest: Of network, weights and data; a report of another network is refused.
         settings: What the cells were measured with.
-        dense: The dense network, as it is.
+        dense: The network that cells are cut from, whole: the dense one as it is, or with shared weights where there
+            are any, so that what a cell lost is what its group lost.
         groups: Every group, offered or locked.
     """
 
@@ -292,8 +294,8 @@ def analyse(
     if not 0 <= shard[0] < shard[1]:
         raise ConfigError(f"a shard i/n has 1 <= i <= n, but got {shard[0] + 1}/{shard[1]}")
     digest = bench.task.digest()
-    settings = conditions(bench.task, settings, bench.precision)
-    dense = bench.dense
+    settings = conditions(bench.task, settings, bench.precision, bench.weights)
+    dense = bench.whole
     rows = tuple(_rows(bench.structure, costs, predicted))
     report = SensitivityReport(digest, settings, dense.summary("dense"), rows)
     if path.exists():
@@ -389,10 +391,16 @@ def _gone(bench: Workbench, name: str, removed: int, scores: torch.Tensor) -> to
     return scores[bench.change({name: removed}).zeroed[group.pattern.tensor].cpu()]
 
 
-def conditions(task: Task, settings: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
-    """Return what cells depend on besides network and data: settings, format; augmentation, metric and loss by name."""
+def conditions(
+    task: Task, settings: Mapping[str, Any], precision: Precision, weights: SharedWeights | None = None
+) -> dict[str, Any]:
+    """Return what cells depend on besides network and data: settings, format; augmentation, metric and loss by name.
+
+    And the shared weights, where cells are cut from any: the same settings can train others on another machine.
+    """
     described = task.describe()
-    return {**settings, "precision": precision.dtype, **{key: described[key] for key in ("augment", "metric", "loss")}}
+    found = {**settings, "precision": precision.dtype, **{key: described[key] for key in ("augment", "metric", "loss")}}
+    return found if weights is None else {**found, "shared weights": weights.digest}
 
 
 def _rows(structure: Structure, costs: CostModel, predicted: Analytic | None) -> Iterator[GroupSensitivity]:

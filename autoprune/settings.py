@@ -40,10 +40,13 @@ class SearchSettings:
             share of these for as much longer, and so on (see `autoprune.evaluation.ladder`). 1: all, as they are
             proposed, so that the agent learns from what they are afterwards. "auto": some from the best to the worst
             get those steps first, and the better they rank as before, the fewer follow.
+        shared_steps: Gradient steps in which one set of weights is trained under changing policies, before anything is
+            evaluated; all candidates are then cut from these (see `autoprune.finetuning.shared`). 0: from the dense
+            network's own.
         race: Whether a candidate that is clearly worse than uniform at the whole budget is measured no further, and
             its accuracy estimated (see `autoprune.evaluation.race`). For agents with one objective, and candidates
             that are not fine-tuned as they are proposed.
-        lr: Peak learning rate of short fine-tuning.
+        lr: Peak learning rate of short fine-tuning, and of those steps.
         precision: What candidates are fine-tuned and measured in: "auto" (the fastest that agrees with float32 on this
             machine), "float32" or "bfloat16". The saved network's numbers are in float32.
         calibration_images: Augmented training images that batch-norm statistics and fits are made from.
@@ -75,6 +78,7 @@ class SearchSettings:
     recover: str = "reconstructed"
     finetune_steps: int = 0
     promote: float | str = 1.0
+    shared_steps: int = 0
     race: bool = False
     lr: float = 0.01
     precision: str = "auto"
@@ -104,7 +108,7 @@ class SearchSettings:
                 WeightKind.read(unit)
         if not self.units:
             raise ConfigError("`units` must name what may be removed, for example channels")
-        lowest = {"candidates": 1, "multiple": 1, "finetune_steps": 0, "calibration_images": 2}
+        lowest = {"candidates": 1, "multiple": 1, "finetune_steps": 0, "shared_steps": 0, "calibration_images": 2}
         for name, minimum in lowest.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"`{name} >= {minimum}` must hold, but got {name}={getattr(self, name)}")
@@ -160,7 +164,7 @@ class SearchSettings:
 
     def _check_types(self) -> None:
         texts = ("budget", "protocol", "agent", "space", "criterion", "recover", "precision")
-        wholes = ("candidates", "multiple", "control", "finetune_steps", "calibration_images", "seed")
+        wholes = ("candidates", "multiple", "control", "finetune_steps", "shared_steps", "calibration_images", "seed")
         numbers = ("max_drop", "lr", "max_sparsity", "time_limit", "moments_memory", "activations_memory")
         optional = ("budget", "max_drop", "control", "time_limit")
         for names, kind, word in (
@@ -198,14 +202,32 @@ class SearchSettings:
     @property
     def recovery(self) -> Recovery:
         """How far candidates are recovered when they are proposed."""
-        return Recovery(self.calibration_images, self.finetune_steps if self.promote == 1 else 0, Recipe(lr=self.lr))
+        return Recovery(self.calibration_images, self.finetune_steps if self.promote == 1 else 0, self.recipe)
+
+    @property
+    def recipe(self) -> Recipe:
+        """How weights are trained while policies are searched."""
+        return Recipe(lr=self.lr)
 
     @property
     def measured_with(self) -> dict[str, Any]:
         """What sensitivity cells depend on."""
         names = ("criterion", "recover", "calibration_images", "seed", "units", "multiple", "normalised")
         values = {name: getattr(self, name) for name in names}
-        return values | {"units": list(self.units)}
+        return values | {"units": list(self.units)} | self.shared_with
+
+    @property
+    def whole_budget(self) -> bool:
+        """Whether candidates use the whole budget, instead of trading accuracy for cost; an agent may still trade."""
+        return self.budget is not None and self.max_drop is None and self.protocol == "resource"
+
+    @property
+    def shared_with(self) -> dict[str, Any]:
+        """What the shared weights depend on besides `measured_with`; empty where there are none."""
+        if not self.shared_steps:
+            return {}
+        names = ("shared_steps", "lr", "budget", "max_drop", "space", "max_sparsity", "bounds")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object; the time limit is left out, since it does not change what a search is."""

@@ -2,7 +2,9 @@
 
     python benchmarks/closed_form.py rank  --data-root DIR --weights FILE --out rank.jsonl
     python benchmarks/closed_form.py long  --data-root DIR --weights FILE --images 10000 --out long.jsonl
+    python benchmarks/closed_form.py shared --data-root DIR --weights FILE --out shared.jsonl
     python benchmarks/closed_form.py rank  --data-root DIR --weights FILE --out rank.jsonl --long long.jsonl --show
+    python benchmarks/closed_form.py rank  --data-root DIR --weights FILE --out rank.jsonl --shared shared.jsonl --show
     python benchmarks/closed_form.py table --data-root DIR --weights FILE --out table.jsonl
     python benchmarks/closed_form.py weights --data-root DIR --weights FILE --out weights.jsonl
     python benchmarks/closed_form.py finalist --data-root DIR --weights FILE --out finalist.jsonl
@@ -17,6 +19,11 @@ last, on average over halves; and the seconds that a rung takes after what is ma
 
 `long`: the same policies, fine-tuned from the rung `reconstructed` for whole epochs, as `autoprune finalize` does; with
 `--long`, `rank` compares its rungs with that instead of with 200 steps.
+
+`shared`: the same policies, cut from one set of weights that was trained first under many policies, for 200 and for 400
+steps: recalibrated, and reconstructed. Those at equal cost from weights that were trained at that cost, those at mixed
+costs from weights that were trained between a quarter of the network and the whole, as a search with a tolerated drop
+does. With `--shared`, `rank` has them among its rungs. The weights lie in folders beside the file.
 
 `table`: uniform, the policy of least predicted loss (nothing evaluated) and the one of least measured loss (three cells
 a group, found with the first seed), with elements in L1 and in OBS order, at half of the MACs, at the same rungs, for
@@ -56,6 +63,8 @@ from autoprune.finaliser import FULL_LR
 from autoprune.finetuning import Recipe, recalibrate, reconstruct
 from autoprune.policy import Policy
 from autoprune.preparation import Prepared, prepare
+from autoprune.progress import Progress, Silent
+from autoprune.run import RunFolder
 from autoprune.search_spaces.per_group import PerGroup
 from autoprune.seeds import derive
 from autoprune.sensitivity import analyse as analyse_sensitivity
@@ -64,6 +73,7 @@ from autoprune.structure import Cut, cut
 from autoprune.threads import suited_threads
 
 STEPS = (20, 50, 200)
+SHARED_STEPS = (200, 400)
 RUNGS = ("sliced", "recalibrated", "cached", "cached_recalibrated", "reconstructed", *(f"steps_{n}" for n in STEPS))
 NAMES = {
     "predicted": "predicted loss, nothing evaluated",
@@ -73,6 +83,11 @@ NAMES = {
     "cached": "reconstructed from cached moments",
     "cached_recalibrated": "the same, recalibrated",
     "reconstructed": "reconstructed in one pass",
+    **{
+        f"shared_{n}_{rung}": f"{rung}, from {n} shared steps"
+        for n in SHARED_STEPS
+        for rung in ("recalibrated", "reconstructed")
+    },
     **{f"steps_{n}": f"{n} steps from there" for n in STEPS},
     "long": "whole epochs from there",
 }
@@ -88,6 +103,9 @@ class Bench:
         seed: int = 0,
         unit: str | None = None,
         memory: float = 2.0,
+        folder: RunFolder | None = None,
+        progress: Progress | None = None,
+        **settings: Any,
     ) -> None:
         source = data.load(options.data, options.data_root)
         shape = {"in_channels": source.in_channels, "input_size": source.input_size}
@@ -95,20 +113,21 @@ class Bench:
         models.load_weights(model, options.weights)
         images = data.subset(source.test, torch.arange(options.images))
         task = ap.Task(model, train=source.train, val=images, augment=source.augment)
-        settings = SearchSettings(
-            budget=None if unit else options.budget,
-            criterion=criterion,
-            seed=seed,
-            precision=options.precision,
-            moments_memory=memory,
-            units=(unit,) if unit else ("channels", "heads"),
-        )
+        chosen = {
+            "budget": None if unit else options.budget,
+            "criterion": criterion,
+            "seed": seed,
+            "precision": options.precision,
+            "moments_memory": memory,
+            "units": (unit,) if unit else ("channels", "heads"),
+        }
+        made = SearchSettings(**chosen | settings)
         started = time.perf_counter()
-        self.prepared: Prepared = prepare(task, settings)
+        self.prepared: Prepared = prepare(task, made, folder, progress)
         self.moments = self.prepared.evidence.moments(self.prepared.bench.model, self.prepared.structure)
         self.analytic = self.prepared.analytic()
         self.once = time.perf_counter() - started
-        self.pipeline = Pipeline(self.prepared.bench, settings.recovery, derive(seed, "benchmark"))
+        self.pipeline = Pipeline(self.prepared.bench, made.recovery, derive(seed, "benchmark"))
         self.prepared.bench.recovered({})  # makes what is made once
 
     def accuracy(self, model: torch.nn.Module) -> float:
@@ -139,6 +158,21 @@ class Bench:
         started = time.perf_counter()
         self.accuracy(fitted)
         row["seconds"]["measuring"] = time.perf_counter() - started
+        return row
+
+    def recover(self, policy: Policy) -> dict[str, Any]:
+        """Return accuracies and seconds of a policy that is recovered without a gradient."""
+        bench, removed = self.prepared.bench, self.prepared.structure.removed(policy)
+        row: dict[str, Any] = {"seconds": {}}
+        builds: dict[str, Callable[[], torch.nn.Module]] = {
+            "recalibrated": lambda: self.recalibrated(cut(bench.model, bench.change(removed))),
+            "reconstructed": lambda: bench.recovered(removed),
+        }
+        for rung, build in builds.items():
+            started = time.perf_counter()
+            model = build()
+            row["seconds"][rung] = time.perf_counter() - started
+            row[rung] = self.accuracy(model)
         return row
 
     def predict(self, policy: Policy) -> dict[str, float]:
@@ -197,6 +231,8 @@ def rank(options: argparse.Namespace) -> None:
         row["precision"] = str(bench.prepared.bench.choice)
         rows.append(row)
         _append(options.out, row)
+    if options.shared:
+        rows = with_shared(rows, _lines(options.shared))
     target = f"steps_{STEPS[-1]}"
     if options.long:
         target = "long"
@@ -213,6 +249,78 @@ def rank(options: argparse.Namespace) -> None:
         if len(chosen) > 3:
             print(f"\n{len(chosen)} policies at {kind} cost\n")
             print(rank_table(chosen, target))
+
+
+class Clock(Silent):
+    """Measures the one stage that a preparation has: the training of shared weights."""
+
+    seconds = 0.0
+
+    def begin(self, stage: str, total: int) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def end(self) -> None:
+        """Stop it."""
+        self.seconds = time.perf_counter() - self._started
+
+
+def shared(options: argparse.Namespace) -> None:
+    """Measure the policies of `rank`, cut from shared weights."""
+    rows = _lines(options.out)
+    for steps, kind in itertools.product(() if options.show else options.steps, options.kinds):
+        done = {row["id"] for row in rows if (row["steps"], row["kind"]) == (steps, kind)}
+        folder, clock = RunFolder(options.out.with_suffix(f".{kind}_{steps}")), Clock()
+        folder.create()
+        trade: dict[str, Any] = {} if kind == "equal" else {"budget": None, "max_drop": 0.1}
+        bench = Bench(options, folder=folder, progress=clock, shared_steps=steps, **trade)
+        workbench = bench.prepared.bench
+        if "training" not in done:
+            row = {"steps": steps, "kind": kind, "id": "training", "seconds": clock.seconds or None}
+            row |= {
+                name: m.summary("").accuracy for name, m in (("dense", workbench.dense), ("whole", workbench.whole))
+            }
+            rows.append(row | {"precision": str(workbench.choice)})
+            _append(options.out, rows[-1])
+        for policy in (policy for of, policy in policies(bench.prepared, options.policies) if of == kind):
+            if policy.id in done:
+                continue
+            cost = bench.prepared.costs.cost(bench.prepared.structure.removed(policy)).macs
+            row = {"steps": steps, "kind": kind, "id": policy.id, "macs": cost / bench.prepared.costs.dense.macs}
+            row |= bench.recover(policy)
+            rows.append(row)
+            _append(options.out, row)
+    print("| shared steps | policies | seconds | the whole network | recalibrated | reconstructed |")
+    print("|---|---|---|---|---|---|")
+    for first in (row for row in rows if row["id"] == "training"):
+        own = [
+            row for row in rows if (row["steps"], row["kind"]) == (first["steps"], first["kind"]) and row is not first
+        ]
+        means = (
+            [f"{np.mean([row[rung] for row in own]):.1%}" for rung in ("recalibrated", "reconstructed")] if own else []
+        )
+        whole = f"{first['dense']:.1%} → {first['whole']:.1%}"
+        cells = (first["steps"], f"{len(own)} {first['kind']}", f"{first['seconds'] or np.nan:.0f}", whole, *means)
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def with_shared(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of `rank` with what `shared` found of their policies, without those of which not all is there.
+
+    Seconds are those of a policy alone; training comes once before all.
+    """
+    merged = []
+    wanted = {row["steps"] for row in found}
+    of = {(row["steps"], row["kind"], row["id"]): row for row in found}
+    for row in rows:
+        its = {steps: of.get((steps, row["kind"], row["id"])) for steps in sorted(wanted)}
+        if all(its.values()):
+            row = row | {"seconds": dict(row["seconds"])}
+            for (steps, one), rung in itertools.product(its.items(), ("recalibrated", "reconstructed")):
+                row[f"shared_{steps}_{rung}"] = one[rung]
+                row["seconds"][f"shared_{steps}_{rung}"] = one["seconds"][rung]
+            merged.append(row)
+    return merged
 
 
 def long(options: argparse.Namespace) -> None:
@@ -416,7 +524,7 @@ def _append(file: Path, row: dict[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("rank", "long", "table", "weights", "finalist", "memory"))
+    parser.add_argument("part", choices=("rank", "long", "shared", "table", "weights", "finalist", "memory"))
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--network", default="resnet20")
@@ -427,7 +535,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", help="of measuring and fine-tuning; auto, float32 or bfloat16")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2, help="of `finalist` and `long`")
-    parser.add_argument("--kinds", nargs="+", default=["equal", "mixed"], help="policies of `long`: equal, mixed")
+    parser.add_argument("--kinds", nargs="+", default=["equal", "mixed"], help="of `long` and `shared`: equal, mixed")
+    parser.add_argument("--steps", nargs="+", type=int, default=SHARED_STEPS, help="of `shared`")
+    parser.add_argument("--shared", type=Path, help="what `shared` wrote, for `rank`")
     parser.add_argument("--long", type=Path, help="what `long` wrote, for `rank`")
     parser.add_argument("--out", type=Path, required=True, help="a line for every policy; goes on where it stopped")
     parser.add_argument("--show", action="store_true", help="measure nothing, print what the file holds")
@@ -436,6 +546,5 @@ def _options() -> argparse.Namespace:
 
 if __name__ == "__main__":
     chosen = _options()
-    {"rank": rank, "long": long, "table": table, "weights": weights, "finalist": finalist, "memory": memory}[
-        chosen.part
-    ](chosen)
+    parts = {part.__name__: part for part in (rank, long, shared, table, weights, finalist, memory)}
+    parts[chosen.part](chosen)

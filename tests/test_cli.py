@@ -13,7 +13,7 @@ import torch
 from typer.main import get_command
 
 import autoprune
-from autoprune import cli, models
+from autoprune import cli, models, preparation
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--candidates", "3", "--control", "1", "--finetune-steps", "2", "--calibration-images", "200"]
@@ -175,6 +175,19 @@ def test_a_dry_run_prints_widths_and_evaluates_nothing(
     assert widths["conv1"] == ["16", "16", "16", "16"]
     assert widths["layer3.0.conv1"][:3] == ["64", "6", "32"]
     assert not out.exists()
+
+
+def test_shared_steps_are_taken_but_not_in_a_dry_run(
+    folder: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(autoprune, "search", lambda task, **settings: seen.append(settings) or sys.exit(7))
+    arguments = ["--weights", str(weights), "--out", str(folder / "shared"), "--shared-steps", "30"]
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "train_shared", None)
+        assert run(*SEARCH, *arguments, "--dry-run") == 0
+    assert run(*SEARCH, *arguments) == 7
+    assert [settings["shared_steps"] for settings in seen] == [30]
 
 
 def test_a_task_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

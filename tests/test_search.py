@@ -6,7 +6,9 @@ import importlib
 import itertools
 import json
 import math
+import pickle
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +49,7 @@ from autoprune.result import SearchResult, open_run
 from autoprune.search import search
 from autoprune.sensitivity import SensitivityReport
 from autoprune.structure import analyse
-from autoprune.task import Task, cross_entropy, top1
+from autoprune.task import FINALISER, Task, cross_entropy, top1
 from autoprune.tracking import NullTracker
 
 importlib.import_module("stable_baselines3")  # which draws from a global generator, so not inside a test
@@ -275,7 +277,7 @@ def test_the_config_holds_everything_resolved(done: Done) -> None:
         **{"sensitivity": [0.25, 0.5, 0.75], "max_sparsity": 0.9, "bounds": {}},
         **{"units": ["channels", "heads"], "multiple": 1, "normalised": False},
         **{"recover": "reconstructed", "moments_memory": 2.0, "precision": "auto"},
-        **{"activations_memory": 2.0, "promote": 1.0, "race": False, "protocol": "resource"},
+        **{"activations_memory": 2.0, "promote": 1.0, "race": False, "protocol": "resource", "shared_steps": 0},
     }
     assert {"python", "torch", "optuna", "autoprune"} <= config["versions"].keys()
 
@@ -796,6 +798,7 @@ def test_a_finished_folder_answers_without_evaluating(done: Done, monkeypatch: p
         ({"candidates": 7}, "candidates"),
         ({"seed": 4}, "seed"),
         ({"finetune_steps": 1}, "finetune_steps"),
+        ({"shared_steps": 1}, "shared_steps"),
         ({"bounds": {"stem": {"lock": True}}}, "bounds"),
     ],
 )
@@ -1180,6 +1183,125 @@ def test_an_analysis_of_something_else_is_not_taken_over(done: Done, tmp_path: P
     with pytest.raises(RunError, match="the sensitivity report is of another setting seed"):
         run(tmp_path / "run", seed=4, reuse=reuse)
     assert not (tmp_path / "run" / "sensitivity.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ shared weights
+
+
+SHARED: dict[str, Any] = {
+    "shared_steps": 6,
+    "finetune_steps": 0,
+    "sensitivity": (0.5,),
+    "candidates": 4,
+    "control": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A search whose candidates are cut from one set of weights."""
+    out, split = tmp_path_factory.mktemp("shared") / "run", SealedSplit()
+    task, tracker, watcher = make_task(test=split), Probe(), Watcher()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_module, "render", lambda folder: folder.report)
+        patch.setattr(export, "_save_program", lambda *_: None)
+        result = run(out, task, tracker=tracker, progress=watcher, **SHARED)
+    return Done(out, task, split, tracker, watcher, result, {})
+
+
+def test_shared_weights_are_trained_first_and_said_so(shared: Done) -> None:
+    said = r"trained one set of weights for all candidates for 6 steps in \d+\.\d s"
+    assert re.fullmatch(said, shared.watcher.lines[0])
+    assert [step[:2] for step in shared.watcher.steps[:7]] == [
+        *(("training shared weights", number) for number in range(1, 7)),
+        ("sensitivity", 0),
+    ]
+    assert read(shared.out / "config.json")["search"]["shared_steps"] == 6
+    assert SensitivityReport.load(shared.out / "sensitivity.json").settings["shared_steps"] == 6
+
+
+def test_with_shared_weights_the_dense_network_is_still_the_users_own(shared: Done, done: Done) -> None:
+    assert shared.result.dense == done.result.dense
+    report = SensitivityReport.load(shared.out / "sensitivity.json")
+    assert report.dense.loss != shared.result.dense["loss"]
+    assert report.dense.loss == shared.result._prepared.bench.whole.summary("").loss
+
+
+def test_killed_while_shared_weights_are_trained_or_later_it_ends_with_the_same_ledger(
+    shared: Done, tmp_path: Path, light: None
+) -> None:
+    out, whole = tmp_path / "run", ledger_of(shared.out)
+
+    def killed_in(stage: str, number: int) -> Callable[[str, int], None]:
+        def at_step(now: str, done: int) -> None:
+            if (now, done) == (stage, number):
+                raise KeyboardInterrupt
+
+        return at_step
+
+    for stage, number, trained in (
+        ("training shared weights", 4, False),
+        ("sensitivity", 1, True),
+        ("search", 3, True),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            run(out, progress=Watcher(killed_in(stage, number)), **SHARED)
+        assert (out / "shared.safetensors").exists() == trained
+    written = (out / "shared.safetensors").stat().st_mtime_ns
+    watcher = Watcher()
+    result = run(out, progress=watcher, **SHARED)
+    assert ledger_of(out) == whole
+    assert result.summary["picked"] == shared.result.summary["picked"]
+    assert (out / "sensitivity.json").read_bytes() == (shared.out / "sensitivity.json").read_bytes()
+    assert (out / "shared.safetensors").stat().st_mtime_ns == written
+    assert not any("trained one set" in line for line in watcher.lines)
+
+
+def test_shared_weights_are_the_same_with_several_under_way(tmp_path: Path, light: None) -> None:
+    settings: dict[str, Any] = SHARED | {"agent": "random", "sensitivity": ()}
+    run(tmp_path / "one", **settings)
+    run(tmp_path / "two", executor=InProcess(at_once=2), **settings)
+    run(tmp_path / "elsewhere", executor=Elsewhere(), **settings)
+    assert ledger_of(tmp_path / "two") == ledger_of(tmp_path / "elsewhere") == ledger_of(tmp_path / "one")
+
+
+class Elsewhere(OutOfTurn):
+    """An executor whose pipeline was pickled, as it is on its way to workers."""
+
+    def __init__(self) -> None:
+        super().__init__(at_once=1)
+
+    def start(self, pipeline: Runs) -> None:
+        super().start(pickle.loads(pickle.dumps(pipeline)))
+
+
+def test_what_shared_weights_gave_is_rebuilt_and_finalised(shared: Done, tmp_path: Path, light: None) -> None:
+    shutil.copytree(shared.out, tmp_path / "run")
+    result = open_run(tmp_path / "run", make_task())
+    for candidate in result.candidates:
+        assert result.network(candidate).accuracy == candidate.accuracy
+    network = result.finalize(epochs=1)
+    assert export.load(tmp_path / "run" / "pruned", build=Net) is not None
+    final = read(tmp_path / "run" / "final.json")
+    assert final["val"]["accuracy"] == network.accuracy
+    task = make_task()
+    inputs, targets = zip(*task.open_test(FINALISER).batches(100), strict=True)
+    with torch.no_grad():
+        own = task.loss(task.fresh_model().eval()(torch.cat(inputs)), torch.cat(targets)).mean().item()
+    assert final["dense_test"]["loss"] == pytest.approx(own, rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_cells_of_other_shared_weights_are_not_taken_over(steps: int, shared: Done, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"report is of another setting shared_steps \\(6, not {steps or None}\\)"):
+        run(tmp_path / "run", **SHARED | {"shared_steps": steps}, reuse=shared.out / "sensitivity.json")
+
+
+def test_cells_of_the_same_shared_weights_are_taken_over(shared: Done, tmp_path: Path, light: None) -> None:
+    watcher = Watcher()
+    reuse = shared.out / "sensitivity.json"
+    run(tmp_path / "run", **SHARED | {"candidates": 1, "control": 0}, reuse=reuse, progress=watcher)
+    assert (tmp_path / "run" / "sensitivity.json").read_bytes() == reuse.read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------- agents as objects

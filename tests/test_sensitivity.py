@@ -19,7 +19,7 @@ from torch.nn import functional
 from autoprune.cost import CostModel, FeasibleSet
 from autoprune.errors import ConfigError, ExecutorError, RunError
 from autoprune.evaluation import Measurement, Outcome, Pipeline, Precision, Recovery, Runs, Work, Workbench, workbench
-from autoprune.finetuning import Recipe, recalibrate, train
+from autoprune.finetuning import Recipe, SharedWeights, recalibrate, train
 from autoprune.policy import Policy
 from autoprune.scoring import Evidence, removal_orders
 from autoprune.scoring.l1 import L1
@@ -374,6 +374,19 @@ def test_conditions_are_settings_and_the_names_of_what_measures(setup: Setup) ->
         "metric": "top1",
         "loss": "cross_entropy",
     }
+
+
+def test_conditions_tell_shared_weights_apart(setup: Setup) -> None:
+    def found(weights: SharedWeights | None) -> dict[str, Any]:
+        return conditions(setup.task, {}, Precision(), weights)
+
+    model = setup.task.fresh_model()
+    weights = SharedWeights.of(model)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1.0
+    assert "shared weights" not in found(None)
+    assert found(weights) == found(weights) != found(SharedWeights.of(model))
+    assert found(weights) | found(None) == found(weights)
 
 
 # ------------------------------------------------------------------------------------------------------------- curves

@@ -41,6 +41,7 @@ def test_the_control_is_a_tenth_unless_it_is_given(candidates: int, control: int
     [
         ("candidates", 0),
         ("finetune_steps", -1),
+        ("shared_steps", -1),
         ("calibration_images", 1),
         ("control", -1),
         ("max_drop", -0.01),
@@ -78,6 +79,38 @@ def test_promotion_needs_steps() -> None:
         SearchSettings(promote="some", finetune_steps=50)
     with pytest.raises(ConfigError, match='`promote` must be a number or "auto", but got None'):
         SearchSettings(promote=None)  # type: ignore[arg-type]
+
+
+def test_cells_depend_on_what_shared_weights_depend_on() -> None:
+    """And on nothing of it where there are none."""
+    plain = SearchSettings(budget="macs<=50%", lr=0.02)
+    assert plain.shared_with == {}
+    assert plain.measured_with == SearchSettings().measured_with
+    shared = SearchSettings(budget="macs<=50%", lr=0.02, shared_steps=100, bounds={"fc": {"lock": True}})
+    assert shared.measured_with == plain.measured_with | {
+        "shared_steps": 100,
+        "lr": 0.02,
+        "budget": "macs<=50%",
+        "max_drop": None,
+        "space": "group",
+        "max_sparsity": 0.9,
+        "bounds": {"fc": {"lock": True}},
+    }
+    assert json.loads(json.dumps(shared.measured_with)) == shared.measured_with
+    assert shared.recipe == shared.recovery.recipe == Recipe(lr=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "whole"),
+    [
+        ({"budget": "macs<=50%"}, True),
+        ({"budget": "macs<=50%", "max_drop": 0.01}, False),
+        ({"max_drop": 0.01}, False),
+        ({}, False),
+    ],
+)
+def test_whether_the_whole_budget_is_used(settings: dict[str, Any], whole: bool) -> None:
+    assert SearchSettings(**settings).whole_budget == whole
 
 
 @pytest.mark.parametrize("sparsities", [(0.0,), (0.5, 1.0), (math.nan,)])
@@ -133,7 +166,14 @@ def test_bounds_are_the_settings_own_copy() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_drop", "1%"), ("candidates", "5"), ("candidates", True), ("bounds", "bounds.toml"), ("budget", 0.5)],
+    [
+        ("max_drop", "1%"),
+        ("candidates", "5"),
+        ("candidates", True),
+        ("shared_steps", 1.5),
+        ("bounds", "bounds.toml"),
+        ("budget", 0.5),
+    ],
 )
 def test_a_value_of_another_type_is_one_line(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"`{name}` must be") as error:

@@ -16,10 +16,10 @@ from autoprune.evaluation.measure import Samples, measure
 from autoprune.evaluation.precision import Choice, Precision, chosen, until
 from autoprune.evaluation.prefix import CutPoint, Prefix, Resumed
 from autoprune.evaluation.race import clearly_worse, legs
-from autoprune.finetuning import Refit, recalibrate
-from autoprune.scoring import Orders
+from autoprune.finetuning import Refit, SharedWeights, recalibrate
+from autoprune.scoring import Orders, removals
 from autoprune.seeds import derive
-from autoprune.structure import Cut, Removal, Structure, Weakest, cut, plan
+from autoprune.structure import Cut, Structure, cut, plan
 from autoprune.structure.copying import twin
 from autoprune.task import Task
 from autoprune.threads import suited_threads
@@ -51,13 +51,16 @@ class Workbench:
             (the fastest that agrees, see `autoprune.evaluation.precision`; small networks stay in float32), or what was
             chosen before.
         activations_memory: Bytes of the dense network's activations that may be kept for probes.
+        weights: Shared weights that candidates are cut from, in place of the network's own.
         race: Whether the validation samples are put in random order, so that some stand for all.
 
     Attributes:
         device: The network's.
         choice: What candidates are measured and trained in, and what it was chosen from.
         precision: What they are measured in.
-        model: The dense network, in eval mode.
+        original: The dense network as the user brought it, in eval mode: what results are compared with.
+        model: The dense network that candidates are cut from and fitted to, in eval mode: with shared weights, where
+            there are any, else the original itself.
         executed: For every probe, the share of the dense network's multiply-adds that ran.
         macs: Its multiply-adds for one sample, which decide how many threads work (see `autoprune.threads`).
     """
@@ -73,12 +76,14 @@ class Workbench:
         precision: str | Choice = "float32",
         activations_memory: int = 2 << 30,
         race: bool = False,
+        weights: SharedWeights | None = None,
     ) -> None:
         self.task = task
         self.structure = structure
         self.orders = orders
         self.rung = rung
-        self.model = task.fresh_model().eval()
+        self.weights = weights
+        self.original = self.model = task.fresh_model().eval()
         counted = count(self.model, task.example_input)
         dense, self._macs_of = counted.cost, counted.macs_of
         self.macs = dense.macs
@@ -93,7 +98,10 @@ class Workbench:
         self.precision = self.choice.precision
         if task.example_input.dim() == 4:
             layout = torch.channels_last if self.precision.channels_last else torch.contiguous_format
-            self.model.to(memory_format=layout)
+            self.original.to(memory_format=layout)
+        if weights is not None:
+            self.model = cut(self.original, Cut())
+            weights.put_into(self.model)
         self._calibration = list(
             self.placed(task.calibration_batches(calibration_images, 250, derive(seed, "calibration")))
         )
@@ -107,7 +115,8 @@ class Workbench:
         """Pickle what the workbench is made from, without the test split; whoever unpickles it makes the rest again."""
         task = self.task.without_test()
         given = (task, self.structure, self.orders, self._calibration_images, self._given_seed)
-        return type(self), (*given, self.rung, self.choice, self.activations_memory, self.race)
+        how = (self.rung, self.choice, self.activations_memory, self.race, self.weights)
+        return type(self), (*given, *how)
 
     def _in_memory(self) -> list[Batch]:
         """Return the validation batches, ready."""
@@ -137,12 +146,7 @@ class Workbench:
 
     def change(self, removed: Mapping[str, int]) -> Cut:
         """Return what goes with the least important elements, so many of every group."""
-        removals: dict[str, Removal] = {}
-        for name, number in removed.items():
-            order = self.orders[name]
-            weighs = self.structure[name].pattern is not None
-            removals[name] = Weakest(number, torch.as_tensor(order)) if weighs else order[:number]
-        return plan(self.model, self.structure, removals)
+        return plan(self.model, self.structure, removals(self.structure, self.orders, removed))
 
     @cached_property
     def _refit(self) -> Refit:
@@ -284,19 +288,24 @@ class Workbench:
         return 1 - saved / max(1, self.macs)
 
     def recalibrating(self) -> tuple[Measurement, Measurement]:
-        """Return what the dense network does as it is, and with batch-norm statistics of the calibration images.
+        """Return what the original network does as it is, and with batch-norm statistics of the calibration images.
 
         On some of both, enough to see whether those images are unlike what the network was trained on.
         """
-        model = cut(self.model, Cut())
+        model = cut(self.original, Cut())
         batches = self.placed(self.task.val_batches(self._batch)) if self._val is None else self._val
         some, images = list(until(batches, _COMPARED)), list(until(self._calibration, _COMPARED))
         with suited_threads(self.macs):
             recalibrate(model, images, self._running, self._threads)
-            found = [self._measured(m, some, self.precision) for m in (self.model, model)]
+            found = [self._measured(m, some, self.precision) for m in (self.original, model)]
         return found[0].summary("dense"), found[1].summary("recalibrated")
 
     @cached_property
     def dense(self) -> Samples:
-        """What the dense network does on the validation split."""
-        return self.measure(self.model)
+        """What the original network does on the validation split."""
+        return self.measure(self.original)
+
+    @cached_property
+    def whole(self) -> Samples:
+        """What the network that candidates are cut from does there, before anything is removed."""
+        return self.dense if self.weights is None else self.measure(self.model)

@@ -13,7 +13,7 @@ from autoprune.errors import DivergedError
 from autoprune.seeds import seeded_torch
 from autoprune.structure.masks import hold_zeros
 
-__all__ = ["Recipe", "one_cycle", "train"]
+__all__ = ["Recipe", "backward", "descent", "one_cycle", "train"]
 
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -72,26 +72,47 @@ def train(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if steps > 0 and parameters:
-        optimizer = torch.optim.SGD(
-            parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0
-        )
+        optimizer = descent(parameters, recipe)
         model.train()
         with seeded_torch(seed), torch.enable_grad(), hold_zeros(model, zeroed):
             for step in range(steps):
                 for settings in optimizer.param_groups:
                     settings["lr"] = recipe.lr * one_cycle((step + 1) / steps, recipe.warmup)
-                inputs, targets = next(batches)
                 optimizer.zero_grad(set_to_none=True)
-                with running():
-                    outputs = model(inputs)
-                value = loss(outputs.float() if outputs.dtype in _HALF else outputs, targets).mean()
-                if not math.isfinite(value.item()):
-                    raise DivergedError(f"the loss is {value.item()} at fine-tuning step {step + 1} of {steps}")
-                value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                value = backward(model, next(batches), loss, running)
+                if not math.isfinite(value):
+                    raise DivergedError(f"the loss is {value} at fine-tuning step {step + 1} of {steps}")
                 optimizer.step()
                 if progress is not None:
-                    progress(step + 1, value.item())
+                    progress(step + 1, value)
     model.eval()
+
+
+def descent(parameters: Sequence[nn.Parameter], recipe: Recipe) -> torch.optim.SGD:
+    """Return the optimizer of a recipe; its learning rate is set before every step."""
+    return torch.optim.SGD(
+        parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0
+    )
+
+
+def backward(
+    model: nn.Module,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    running: Callable[[], AbstractContextManager[Any]],
+) -> float:
+    """Run a network on a batch, add the mean loss's gradients to its parameters', and return that loss.
+
+    A loss that is not finite leaves the gradients as they are.
+    """
+    inputs, targets = batch
+    with running():
+        outputs = model(inputs)
+    value = loss(outputs.float() if outputs.dtype in _HALF else outputs, targets).mean()
+    found = float(value.item())
+    if math.isfinite(found):
+        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return found
 
 
 def one_cycle(done: float, warmup: float) -> float:

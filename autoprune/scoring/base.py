@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from autoprune.moments import Moments, readers_of
-from autoprune.structure import Group, Slice, Structure
+from autoprune.structure import Group, Removal, Slice, Structure, Weakest
 
-__all__ = ["Criterion", "Evidence", "Orders", "Scores", "per_element", "removal_orders", "sum_of_weights"]
+__all__ = ["Criterion", "Evidence", "Orders", "Scores", "per_element", "removal_orders", "removals", "sum_of_weights"]
 
 Scores = Mapping[str, torch.Tensor]
 """Group name → `(size,)` float, or of weights that are zeroed one float a weight, in their shape; higher means keep."""
@@ -99,3 +99,13 @@ def removal_orders(scores: Scores) -> dict[str, list[int] | torch.Tensor]:
         name: torch.argsort(score, stable=True).tolist() if score.dim() == 1 else score
         for name, score in scores.items()
     }
+
+
+def removals(structure: Structure, orders: Orders, removed: Mapping[str, int]) -> dict[str, Removal]:
+    """Return what goes when so many elements of every group do, the least important first (for `structure.plan`)."""
+    result: dict[str, Removal] = {}
+    for name, number in removed.items():
+        order = orders[name]
+        weighs = structure[name].pattern is not None
+        result[name] = Weakest(number, torch.as_tensor(order)) if weighs else order[:number]
+    return result

@@ -7,7 +7,7 @@ record, so that spaces, agents and reports need no change for a new kind.
 from autoprune.structure.analysis import analyse
 from autoprune.structure.groups import Attribute, Group, LockedGroup, Pattern, Slice, Structure, nearest
 from autoprune.structure.masks import hold_zeros
-from autoprune.structure.surgery import Cut, Kept, Removal, Weakest, carry_over, cut, plan, remove
+from autoprune.structure.surgery import Cut, Kept, Removal, Weakest, add_gradients, carry_over, cut, plan, remove
 
 __all__ = [
     "Attribute",
@@ -20,6 +20,7 @@ __all__ = [
     "Slice",
     "Structure",
     "Weakest",
+    "add_gradients",
     "analyse",
     "carry_over",
     "cut",

@@ -18,7 +18,7 @@ from autoprune.structure.heads import refit
 from autoprune.structure.labels import Labels
 from autoprune.structure.masks import mask
 
-__all__ = ["Cut", "Kept", "Removal", "Weakest", "aliases", "carry_over", "cut", "plan", "remove"]
+__all__ = ["Cut", "Kept", "Removal", "Weakest", "add_gradients", "aliases", "carry_over", "cut", "plan", "remove"]
 
 Kept = Mapping[str, Mapping[int, torch.Tensor]]
 """Tensor name → dimension → sorted int64 indices that stay."""
@@ -239,6 +239,45 @@ def carry_over(optimizer: torch.optim.Optimizer, model: nn.Module, smaller: nn.M
             carried["param_names"] = [n for n, stay in zip(carried["param_names"], stays, strict=True) if stay]
         groups.append({**carried, "params": numbers})
     return {"state": state, "param_groups": groups}
+
+
+def add_gradients(model: nn.Module, smaller: nn.Module, change: Cut) -> None:
+    """Add the gradients of a smaller network to those of the dense one, at the places that it was cut from.
+
+    The sum gets what the dense network would get with the removed elements zeroed wherever they are read. Nothing is
+    added for what went, nor for weights that the cut made zero.
+
+    Args:
+        model: The dense network; a parameter that has no gradient yet gets one.
+        smaller: What `cut` made of it, after its backward pass; parameters without a gradient, as frozen ones, add
+            nothing.
+        change: The cut.
+    """
+    there = dict(smaller.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for first, parameter in model.named_parameters():
+        stays = [name for name in names[id(parameter)] if name in there]  # it may have gone with a block
+        gradient = there[stays[0]].grad if stays else None
+        if gradient is None:
+            continue
+        if first in change.zeroed:
+            gradient = gradient.masked_fill(change.zeroed[first].to(gradient.device), 0.0)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        _add_at(parameter.grad, change.kept.get(first, {}), gradient)
+
+
+def _add_at(total: torch.Tensor, kept: Mapping[int, torch.Tensor], part: torch.Tensor) -> None:
+    """Add a part to the places of a tensor that were kept; the reverse of `_selected`."""
+    if not kept:
+        total += part
+        return
+    last = max(kept)
+    indices = [kept[dim] if dim in kept else torch.arange(total.shape[dim]) for dim in range(last + 1)]
+    along = [index.to(total.device).view(-1, *[1] * (last - dim)) for dim, index in enumerate(indices)]
+    total[tuple(along)] += part
 
 
 def _carried(value: Any, parameter: torch.Tensor, name: str, change: Cut) -> Any:

@@ -70,6 +70,24 @@ def test_what_a_rung_would_pick_is_compared_with_the_best(script: ModuleType) ->
     assert script.regret(-last, last) > script.regret(0 * last, last) > 0.2
 
 
+def test_shared_weights_are_among_the_rungs(script: ModuleType) -> None:
+    def found(number: int, steps: int) -> dict[str, Any]:
+        values = {"recalibrated": 0.1 * number, "reconstructed": -0.1 * number}
+        seconds = dict.fromkeys(values, 2.0)
+        return {"steps": steps, "kind": "equal", "id": str(number), "seconds": seconds, **values}
+
+    training = {"steps": 200, "kind": "equal", "id": "training", "seconds": 60.0}
+    rows = [row(n, kind="equal") for n in range(1, 10)]
+    shared = [training, *(found(n, steps) for n in range(1, 9) for steps in (200, 400))]
+    merged = script.with_shared(rows, shared)
+    assert [line["id"] for line in merged] == [str(n) for n in range(1, 9)]
+    assert "shared_200_recalibrated" not in rows[0]
+    lines = {line.split("|")[1].strip(): line for line in script.rank_table(merged, "steps_200").splitlines()}
+    assert "| 1.00 (1.00 to 1.00) |" in lines["recalibrated, from 200 shared steps"]
+    assert "| -1.00 (-1.00 to -1.00) |" in lines["reconstructed, from 400 shared steps"]
+    assert "| 2.00 + 1.00 |" in lines["reconstructed, from 400 shared steps"]
+
+
 def test_or_with_fine_tuning_for_whole_epochs(script: ModuleType) -> None:
     seconds = {name: 1.0 for name in (*RUNGS, "measuring", "long")}
     rows = [row(n, long=-0.1 * n, seconds=seconds) for n in range(1, 9)]

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from autoprune import registry
-from autoprune.scoring import Evidence, removal_orders
+from autoprune.scoring import Evidence, removal_orders, removals
 from autoprune.scoring.base import per_element, sum_of_weights
 from autoprune.structure import Slice, Structure, analyse
 from autoprune.testing import TinyNet, TinyResNet
@@ -55,6 +55,18 @@ class TestPerElement:
         ]
         part = Slice("w", 0, torch.tensor([[0], [1]]), "written")
         assert per_element(torch.ones(2, 3, 3, 3), part).tolist() == [27, 27]
+
+
+class TestRemovals:
+    def test_the_least_important_first(self):
+        structure = analyse(TinyNet(), EXAMPLE, kinds=("channels", "weights"))
+        scores = torch.arange(576.0).view(8, 8, 3, 3)
+        orders = {"conv1": [3, 1, 2, 0, 4, 5, 6, 7], "conv2:weights": scores}
+        found = removals(structure, orders, {"conv1": 2, "conv2:weights": 5})
+        assert found["conv1"] == [3, 1]
+        assert found["conv2:weights"].count == 5
+        assert torch.equal(found["conv2:weights"].saliency, scores)
+        assert removals(structure, orders, {"conv1": 0}) == {"conv1": []}
 
 
 class TestSumOfWeights:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.errors import StructureError
 from autoprune.models import CifarResNet
-from autoprune.structure import Cut, Structure, Weakest, analyse, carry_over, cut, plan, remove, surgery
+from autoprune.structure import Cut, Structure, Weakest, add_gradients, analyse, carry_over, cut, plan, remove, surgery
 from autoprune.testing import TinyNet, TinyResNet
 
 
@@ -663,6 +663,124 @@ class TestCarryOver:
         change = self.change(net)
         with pytest.raises(StructureError, match="the optimizer holds a parameter that is not the network's"):
             carry_over(OPTIMIZERS["Adam"](Deep().parameters()), net, cut(net, change), change)
+
+
+class TestAddGradients:
+    """The gradients of a small network are those of the dense one with what went zeroed where it is read."""
+
+    KEPT = torch.tensor([0, 2, 4, 5])
+    REMOVED = {"b": [1, 3, 6, 7]}  # noqa: RUF012 - never changed
+
+    @settings(max_examples=8, deadline=None)
+    @given(data=st.data())
+    def test_they_are_those_of_the_masked_network(self, case, data):
+        net, structure, shape = case
+        net = copy.deepcopy(net).train()
+        removed = {g.name: data.draw(st.sets(st.integers(0, g.size - 1), max_size=g.size - 1)) for g in structure}
+        inputs = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        masks = {name: torch.ones_like(parameter) for name, parameter in net.named_parameters()}
+        for group in structure:
+            for part in group.slices:
+                if part.role == "read":
+                    for element in removed[group.name]:
+                        masks[part.tensor].index_fill_(part.dim, part.positions[element], 0.0)
+        masked = {name: parameter * masks[name] for name, parameter in net.named_parameters()}
+        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        target = torch.randn(3, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        outputs = torch.func.functional_call(net, masked | buffers, (inputs,))
+        wanted = torch.autograd.grad((outputs - target).square().sum(), list(net.parameters()), allow_unused=True)
+        change = plan(net, structure, {name: sorted(elements) for name, elements in removed.items()})
+        smaller = cut(net, change)
+        (smaller(inputs) - target).square().sum().backward()
+        add_gradients(net, smaller, change)
+        for (name, parameter), gradient in zip(net.named_parameters(), wanted, strict=True):
+            expected = torch.zeros_like(parameter) if gradient is None else gradient
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-9, msg=name)
+
+    def change(self, net, removed=None):
+        structure = analyse(net, torch.zeros(1, 4), kinds=("channels", "blocks", "weights"))
+        return plan(net, structure, removed or self.REMOVED)
+
+    def scattered(self, net, removed=None):
+        """Cut, give every parameter of the small network the gradient 1, 2, ..., and add these up."""
+        change = self.change(net, removed)
+        smaller = cut(net, change)
+        for parameter in smaller.parameters():
+            parameter.grad = torch.arange(1.0, 1 + parameter.numel()).view_as(parameter)
+        add_gradients(net, smaller, change)
+        return change
+
+    def test_by_hand(self):
+        net = Deep()
+        net.fc.weight.grad = torch.full((2, 8), 10.0)
+        self.scattered(net)
+        assert net.b.bias.grad.tolist() == [1, 0, 2, 0, 3, 4, 0, 0]
+        assert net.fc.weight.grad.tolist() == [[11, 10, 12, 10, 13, 14, 10, 10], [15, 10, 16, 10, 17, 18, 10, 10]]
+        assert net.b.weight.grad[self.KEPT].tolist() == torch.arange(1.0, 25.0).view(4, 6).tolist()
+        assert net.b.weight.grad.count_nonzero() == 24
+        assert net.a.bias.grad.tolist() == [1, 2, 3, 4, 5, 6]
+
+    def test_rows_and_columns_of_one_tensor_in_any_layout(self):
+        net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 2), nn.Conv2d(4, 2, 1))
+        net.to(memory_format=torch.channels_last)
+        structure = analyse(net, torch.zeros(1, 2, 4, 4))
+        change = plan(net, structure, {"0": [1], "1": [0, 3]})
+        smaller = cut(net, change)
+        gradient = torch.arange(1.0, 17.0).view(2, 2, 2, 2)
+        smaller[1].weight.grad = gradient
+        add_gradients(net, smaller, change)
+        assert torch.equal(net[1].weight.grad[1:3][:, [0, 2]], gradient)
+        assert net[1].weight.grad.count_nonzero() == 16
+        assert net[0].weight.grad is None  # it had none in the small network
+
+    def test_frozen_parameters_get_none(self):
+        net = Deep()
+        net.a.requires_grad_(False)
+        change = self.change(net)
+        smaller = cut(net, change)
+        smaller(torch.ones(1, 4)).sum().backward()
+        add_gradients(net, smaller, change)
+        assert net.a.weight.grad is net.a.bias.grad is None
+        assert net.b.weight.grad is not None
+
+    def test_weights_that_are_zeroed_add_nothing(self):
+        net = Deep()
+        saliency = torch.arange(48.0).view(8, 6)
+        change = self.scattered(net, {"b:weights": Weakest(20, saliency), **self.REMOVED})
+        zeroed = change.zeroed["b.weight"]
+        assert zeroed.sum() == 10  # of 24 that are left
+        expected = torch.arange(1.0, 25.0).view(4, 6).masked_fill(zeroed, 0.0)
+        assert torch.equal(net.b.weight.grad[self.KEPT], expected)
+        assert net.b.weight.grad.count_nonzero() == 14
+
+    def test_a_block_that_went_adds_nothing(self):
+        net = Deep()
+        self.scattered(net, {"block": [0], **self.REMOVED})
+        assert net.block.inner.weight.grad is None
+        assert net.b.bias.grad.tolist() == [1, 0, 2, 0, 3, 4, 0, 0]
+
+    def test_what_a_block_shares_with_another_layer_is_added(self):
+        net = Deep()
+        net.late = nn.Linear(6, 6)
+        net.late.weight = net.block.inner.weight
+        change = Cut(blocks=("block",))
+        smaller = cut(net, change)
+        smaller.late.weight.grad = torch.arange(36.0).view(6, 6)
+        add_gradients(net, smaller, change)
+        assert torch.equal(net.block.inner.weight.grad, smaller.late.weight.grad)
+
+    def test_a_parameter_that_is_used_twice_is_added_once(self):
+        net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+        net[2].weight = net[0].weight
+        change = Cut()
+        smaller = cut(net, change)
+        inputs = torch.randn(5, 4)
+        smaller(inputs).square().sum().backward()
+        add_gradients(net, smaller, change)
+        scattered = [parameter.grad.clone() for parameter in net.parameters()]
+        net.zero_grad()
+        net(inputs).square().sum().backward()
+        assert all(torch.equal(p.grad, found) for p, found in zip(net.parameters(), scattered, strict=True))
 
 
 class TestSelection:
