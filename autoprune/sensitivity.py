@@ -345,9 +345,9 @@ def _here(
 ) -> Iterator[_Probed]:
     """Measure cells one after another, until it is late."""
     for name, removed in cells:
+        begin(name)
         if late():
             return
-        begin(name)
         samples = bench.probe({name: removed})
         yield (name, removed), samples.summary(bench.rung), samples.drop_error(bench.dense)
 
@@ -373,9 +373,9 @@ def _there(
     for name, removed in cells:
         if len(under_way) >= workers.at_once:
             yield finished()
+        begin(name)
         if late():
             break
-        begin(name)
         probe = Probe(bench.structure.policy({name: removed}))
         under_way[probe.id] = (name, removed)
         workers.submit(probe)
