@@ -151,7 +151,9 @@ def test_a_line_has_the_fields_that_the_format_names() -> None:
         *("activations", "nonzero_params", "nonzero_macs"),
         *("measurements", "seconds", "failure"),
     ]
-    assert list(line["measurements"][0]) == ["fidelity", "accuracy", "accuracy_se", "loss", "loss_se", "steps"]
+    assert list(line["measurements"][0]) == [
+        *("fidelity", "accuracy", "accuracy_se", "loss", "loss_se", "steps", "samples")
+    ]
 
 
 def test_the_last_measurement_counts() -> None:
