@@ -14,6 +14,7 @@ from autoprune.finetuning import Recipe
 from autoprune.seeds import derive
 from autoprune.structure import Cut, cut
 from autoprune.task import FINALISER
+from autoprune.threads import suited_threads
 
 __all__ = ["FULL_LR", "PrunedNetwork"]
 
@@ -90,9 +91,14 @@ class PrunedNetwork:
             TestSetError: The task has no test split, or it was read before.
         """
         bench = self._evaluator.bench
-        batches = list(bench.placed(bench.task.open_test(FINALISER).batches(500)))
-        pruned = measure(self.model, batches, bench.task.metric, bench.task.loss).summary(self.fidelity)
-        return pruned, measure(bench.model, batches, bench.task.metric, bench.task.loss).summary("dense")
+        split = bench.task.open_test(FINALISER)
+
+        def tested(model: nn.Module, fidelity: str) -> Measurement:
+            batches = bench.placed(split.batches(500))  # on their way one by one: all of them may be too many
+            return measure(model, batches, bench.task.metric, bench.task.loss).summary(fidelity)
+
+        with suited_threads(bench.macs):
+            return tested(self.model, self.fidelity), tested(bench.model, "dense")
 
     def save(self, folder: str | Path) -> Path:
         """Write the network to a folder that `autoprune.load` reads, and prove that it loads to the same outputs.

@@ -76,18 +76,20 @@ def train(
             parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0
         )
         model.train()
-        with seeded_torch(seed), torch.enable_grad(), hold_zeros(model, zeroed):
+        with seeded_torch(seed, parameters[0].device), torch.enable_grad(), hold_zeros(model, zeroed):
+            inputs, targets = next(batches)
             for step in range(steps):
                 for settings in optimizer.param_groups:
                     settings["lr"] = recipe.lr * one_cycle((step + 1) / steps, recipe.warmup)
-                inputs, targets = next(batches)
                 optimizer.zero_grad(set_to_none=True)
                 with running():
                     outputs = model(inputs)
                 value = loss(outputs.float() if outputs.dtype in _HALF else outputs, targets).mean()
+                value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                if step + 1 < steps:  # read while an accelerator computes, before its loss is waited for
+                    inputs, targets = next(batches)
                 if not math.isfinite(value.item()):
                     raise DivergedError(f"the loss is {value.item()} at fine-tuning step {step + 1} of {steps}")
-                value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 optimizer.step()
                 if progress is not None:
                     progress(step + 1, value.item())
