@@ -28,6 +28,10 @@ test: install-test ## the test suite, on the installed package; ARGS="..." goes 
 torture: install-test ## the minutes-long tests that `make test` leaves out
 	.venv/bin/pytest -m torture $(ARGS)
 
+.PHONY: gpu
+gpu: install-test ## the tests that need a CUDA device, which `make test` skips where there is none
+	.venv/bin/pytest -m gpu $(ARGS)
+
 .PHONY: check
 check: lint test ## lint, then test
 

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -81,11 +81,11 @@ def exact() -> Iterator[None]:
     which thread adds first. Operators that are not cuDNN's, such as the gradient of pooling, may still differ by
     rounding from one run to the next.
     """
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
         yield
         return
-    cudnn = torch.backends.cudnn
-    parts = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    cudnn: Any = torch.backends.cudnn  # whose attributes have no types
+    parts: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
     flags, precisions = (cudnn.benchmark, cudnn.deterministic), [part.fp32_precision for part in parts]
     try:
         allowed = cudnn.allow_tf32
@@ -123,12 +123,12 @@ def streamed(
         for inputs, targets in batches:
             yield place(inputs), targets.to(device)
         return
-    under_way: deque[torch.cuda.Event] = deque()
+    under_way: deque[Any] = deque()
     for inputs, targets in batches:
         if len(under_way) == _UNDER_WAY:
             under_way.popleft().synchronize()
         placed = place(_locked(inputs)), _locked(targets).to(device, non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         copied.record(torch.cuda.current_stream(device))
         under_way.append(copied)
         yield placed

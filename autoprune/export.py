@@ -183,17 +183,15 @@ def _quiet() -> Iterator[None]:
 
 @torch.no_grad()
 def _prove(model: nn.Module, other: nn.Module, example_input: torch.Tensor, which: str) -> None:
-    plain = model.eval() if _on_cpu(model) else cut(model, Cut()).eval().cpu()  # devices round differently
+    tensors = (*model.parameters(), *model.buffers())
+    elsewhere = any(tensor.device.type != "cpu" for tensor in tensors)
+    plain = (cut(model, Cut()).cpu() if elsewhere else model).eval()  # since devices round differently
     expected = plain(example_input.cpu())
     difference = float((other(example_input.cpu()) - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not difference <= 1e-4:
         raise RunError(
             f"the {which} network differs from the one that was saved by {difference:.1e}; nothing was handed back"
         )
-
-
-def _on_cpu(model: nn.Module) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
 
 
 # -- ONNX -------------------------------------------------------------------------------------------------------------

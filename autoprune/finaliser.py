@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from autoprune import export
 from autoprune.errors import ConfigError
-from autoprune.evaluation import Candidate, Evaluator, Measurement, measure
+from autoprune.evaluation import Candidate, Evaluator, Measurement, Samples, measure
 from autoprune.finetuning import Recipe
 from autoprune.seeds import derive
 from autoprune.structure import Cut, cut
@@ -91,14 +92,14 @@ class PrunedNetwork:
             TestSetError: The task has no test split, or it was read before.
         """
         bench = self._evaluator.bench
-        split = bench.task.open_test(FINALISER)
-
-        def tested(model: nn.Module, fidelity: str) -> Measurement:
-            batches = bench.placed(split.batches(500))  # on their way one by one: all of them may be too many
-            return measure(model, batches, bench.task.metric, bench.task.loss).summary(fidelity)
-
-        with suited_threads(bench.macs):
-            return tested(self.model, self.fidelity), tested(bench.model, "dense")
+        task, networks = bench.task, (self.model, bench.model)
+        with suited_threads(bench.macs):  # one pass, in which no more than a batch or two is held: all may be too many
+            parts = [
+                [measure(network, [batch], task.metric, task.loss) for network in networks]
+                for batch in bench.placed(task.open_test(FINALISER).batches(500))
+            ]
+        pruned, dense = (reduce(Samples.joined, found) for found in zip(*parts, strict=True))
+        return pruned.summary(self.fidelity), dense.summary("dense")
 
     def save(self, folder: str | Path) -> Path:
         """Write the network to a folder that `autoprune.load` reads, and prove that it loads to the same outputs.
