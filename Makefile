@@ -20,13 +20,20 @@ demo: .venv/stamps/package ## train a small network on the embedded digits, sear
 	.venv/bin/autoprune search --model resnet8 --data digits --budget "macs<=15%" --agent tpe --candidates 40 \
 		--finetune-steps 15 --seed 0 --out $(DEMO)
 
+# Tests use one thread each, so several processes share the cores; a file's tests stay together, as do its fixtures.
+PYTEST := .venv/bin/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 .PHONY: test
 test: install-test ## the test suite, on the installed package; ARGS="..." goes to pytest
-	.venv/bin/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 .PHONY: torture
 torture: install-test ## the minutes-long tests that `make test` leaves out
 	.venv/bin/pytest -m torture $(ARGS)
+
+.PHONY: gpu
+gpu: install-test ## the tests that need a CUDA device, which `make test` skips where there is none
+	.venv/bin/pytest -m gpu $(ARGS)
 
 .PHONY: check
 check: lint test ## lint, then test

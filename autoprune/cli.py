@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
+from torch import nn
 
 import autoprune
-from autoprune import bounds, data, export, models, registry
+from autoprune import bounds, data, devices, export, models, registry
 from autoprune.cost import count
 from autoprune.errors import AutopruneError, ConfigError, RunError, WeightsError
-from autoprune.evaluation import Executor, Pipeline, chosen, measure
+from autoprune.evaluation import Executor, Measurement, Pipeline, Precision, chosen, measure
 from autoprune.finaliser import FULL_LR
 from autoprune.finetuning import Recipe, train
 from autoprune.preparation import Prepared, prepare
@@ -103,6 +104,14 @@ ValFraction = Annotated[
     ),
 ]
 SplitSeed = Annotated[int, typer.Option(help="Seed of that cut.", rich_help_panel=_TASK)]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where networks run: cpu, cuda, cuda:1; auto: on the accelerator if there is one, and a --task where its "
+        "function leaves it. Not part of what a search is: it may go on elsewhere.",
+        rich_help_panel=_TASK,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines, as in a pipe, and fewer of them.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -186,12 +195,14 @@ def _absolute(task: str) -> str:
     return f"{Path(file).resolve()}{colon}{function}" if colon else task
 
 
-def _task(source: dict[str, Any], *, baseline: Path, progress: Progress, trained: bool = True) -> Task:
+def _task(source: dict[str, Any], *, device: str, baseline: Path, progress: Progress, trained: bool = True) -> Task:
     """Make the task that a source names; for digits, train its network on the spot where no weights are given."""
     if "task" in source:
-        return load_task(source["task"])
+        return _placed(load_task(source["task"]), device)
+    place = devices.resolve(device)
     options = {key: source[key] for key in ("download", "val_fraction", "split_seed")}
     task = Task.named(source["model"], source["data"], root=source["data_root"], weights=source["weights"], **options)
+    task = task.on(place)
     if source["weights"] is not None or not trained:
         return task
     if source["data"] != "digits":
@@ -201,7 +212,7 @@ def _task(source: dict[str, Any], *, baseline: Path, progress: Progress, trained
         )
     if baseline.exists():
         try:
-            return Task.named(source["model"], source["data"], weights=baseline, **options)
+            return Task.named(source["model"], source["data"], weights=baseline, **options).on(place)
         except WeightsError as error:
             raise RunError(
                 f"{baseline.parent} holds another search's network; name another folder with --out"
@@ -211,6 +222,11 @@ def _task(source: dict[str, Any], *, baseline: Path, progress: Progress, trained
     task = Task.named(source["model"], source["data"], model=model, **options)
     models.save_weights(model, baseline)
     return task
+
+
+def _placed(task: Task, device: str) -> Task:
+    """Return a user's own task on a device; left where it is, if nobody said."""
+    return task if device == devices.AUTO else task.on(devices.resolve(device))
 
 
 def _trained(task: Task, *, epochs: int, lr: float, batch_size: int, seed: int, progress: Progress) -> Any:
@@ -245,6 +261,12 @@ def _trained(task: Task, *, epochs: int, lr: float, batch_size: int, seed: int, 
     return model
 
 
+def _measured(model: nn.Module, task: Task, fidelity: str) -> Measurement:
+    """Measure a network on the validation split, in float32."""
+    batches = Precision().placed(task.val_batches(500), task.example_input.device)
+    return measure(model, batches, task.metric, task.loss).summary(fidelity)
+
+
 @app.callback()
 def _main(
     version: Annotated[
@@ -268,6 +290,7 @@ def search(
     download: Download = False,
     val_fraction: ValFraction = None,
     split_seed: SplitSeed = 0,
+    device: Device = devices.AUTO,
     budget: Annotated[
         str | None, typer.Option(help="Upper limits, such as 'macs<=50%', 'macs<=20M,params<=0.4', 'latency<=5ms'.")
     ] = None,
@@ -376,7 +399,7 @@ def search(
     registry.resolve("agent", agent)
     source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)
     with watching(quiet) as progress:
-        work = _task(source, baseline=RunFolder(out).baseline, progress=progress, trained=not dry_run)
+        work = _task(source, device=device, baseline=RunFolder(out).baseline, progress=progress, trained=not dry_run)
         if dry_run:
             _print_widths(prepare(work, dataclasses.replace(options, shared_steps=0)))
             return
@@ -399,6 +422,7 @@ def sensitivity(
     download: Download = False,
     val_fraction: ValFraction = None,
     split_seed: SplitSeed = 0,
+    device: Device = devices.AUTO,
     sparsities: Annotated[str, typer.Option(help="The grid, in (0, 1).")] = ",".join(map(str, SPARSITIES)),
     criterion: Criterion = "l1",
     units: Units = "channels,heads",
@@ -450,7 +474,8 @@ def sensitivity(
         source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)
         RunFolder(out.parent).create()
         with watching(quiet) as progress:
-            work = _task(source, baseline=out.with_suffix(".baseline.safetensors"), progress=progress)
+            baseline = out.with_suffix(".baseline.safetensors")
+            work = _task(source, device=device, baseline=baseline, progress=progress)
             prepared = prepare(work, settings)
             grid = () if analytic else _numbers(sparsities)
             executor = _executor(workers, ray_address, worker_gpus) if grid else None
@@ -485,10 +510,11 @@ def pick(
     run: Run,
     max_drop: Annotated[float | None, typer.Option(help="The cheapest candidate that loses no more accuracy.")] = None,
     budget: Annotated[str | None, typer.Option(help="The most accurate candidate within these limits.")] = None,
+    device: Device = devices.AUTO,
     as_json: Json = False,
 ) -> None:
     """Pick another candidate of a finished search, and save its network to RUN/pruned."""
-    result = _reopened(run)
+    result = _reopened(run, device)
     result.choose(result.pick(max_drop=max_drop, budget=budget))
     _print_result(result)
     if as_json:
@@ -500,12 +526,13 @@ def finalize(
     run: Run,
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 10,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = FULL_LR,
+    device: Device = devices.AUTO,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune the picked network fully, read the test set once, and save the network to RUN/pruned."""
     with watching(quiet) as progress:
-        result = _reopened(run)
+        result = _reopened(run, device)
         progress.begin(f"fine-tuning for {epochs} epochs", 0)
         network = result.finalize(epochs, lr=lr, progress=lambda done, loss: progress.step(done, f"loss {loss:.3f}"))
         progress.end()
@@ -541,6 +568,7 @@ def evaluate(
     split_seed: Annotated[
         int | None, typer.Option(help="Seed of that cut; by default the one recorded.", rich_help_panel=_TASK)
     ] = None,
+    device: Device = devices.AUTO,
     as_json: Json = False,
 ) -> None:
     """Load a saved network and measure it on the validation split, beside what was recorded when it was saved."""
@@ -551,8 +579,8 @@ def evaluate(
             f"{pruned} holds a {recipe['class']}; give the function that makes its task: --task FILE:FUNCTION"
         )
     if task is not None:
-        work = load_task(task)
-        model = autoprune.load(pruned, build=work.fresh_model)
+        work = _placed(load_task(task), device)
+        model = autoprune.load(pruned, build=work.fresh_model).to(work.example_input.device)
     else:
         model = autoprune.load(pruned)
         name = recipe["model"]["name"]
@@ -564,9 +592,10 @@ def evaluate(
             val_fraction=split.get("fraction") if val_fraction is None else val_fraction,
             split_seed=split.get("seed", 0) if split_seed is None else split_seed,
             model=model,
-        )
+        ).on(devices.resolve(device))
+        model = work.fresh_model()
     started = time.perf_counter()
-    found = measure(model, work.val_batches(500), work.metric, work.loss).summary("loaded")
+    found = _measured(model, work, "loaded")
     seconds = time.perf_counter() - started
     recorded = recipe["measured"]
     _out.print(
@@ -600,6 +629,7 @@ def train_command(
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 20,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 128,
+    device: Device = devices.AUTO,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -613,9 +643,10 @@ def train_command(
     options = {key: source[key] for key in ("weights", "download", "val_fraction", "split_seed")}
     with watching(quiet) as progress:
         task = Task.named(source["model"], source["data"], root=source["data_root"], **options)
+        task = task.on(devices.resolve(device))
         network = _trained(task, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, progress=progress)
     models.save_weights(network, out)
-    found = measure(network, task.val_batches(500), task.metric, task.loss).summary("dense")
+    found = _measured(network, task, "dense")
     _out.print(
         f"accuracy {found.accuracy:.4f} ± {found.accuracy_se:.4f} on {task.n_val} validation samples\nweights: {out}",
         soft_wrap=True,
@@ -661,12 +692,12 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index) - 1, int(count)
 
 
-def _reopened(run: Path) -> SearchResult:
+def _reopened(run: Path, device: str) -> SearchResult:
     folder = RunFolder(run)
     source = folder.read(folder.config)["source"]
     if source is None:
         raise RunError(f"{run} was searched from Python objects; open it there: autoprune.open_run({str(run)!r}, task)")
-    return open_run(run, _task(source, baseline=folder.baseline, progress=Silent()))
+    return open_run(run, _task(source, device=device, baseline=folder.baseline, progress=Silent()))
 
 
 # -- showing ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Protocol, cast, final, runtime_checkable
+from typing import Any, Final, Protocol, Self, cast, final, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -166,6 +166,10 @@ class TensorSplit:
             chosen = slice(start, start + batch_size) if order is None else order[start : start + batch_size]
             inputs = self.inputs[chosen]
             yield (inputs if self.transform is None else self.transform(inputs)), self.targets[chosen]
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        """Pickle the samples as they are on the CPU: who unpickles them may have another device, or none."""
+        return type(self), (self.inputs.cpu(), self.targets.cpu(), self.transform)
 
     def digest(self) -> str:
         """Return a digest of every byte, the shapes, and the transform's name."""

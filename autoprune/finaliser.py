@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,11 +10,12 @@ from torch import nn
 
 from autoprune import export
 from autoprune.errors import ConfigError
-from autoprune.evaluation import Candidate, Evaluator, Measurement, measure
+from autoprune.evaluation import Candidate, Evaluator, Measurement, Samples, measure
 from autoprune.finetuning import Recipe
 from autoprune.seeds import derive
 from autoprune.structure import Cut, cut
 from autoprune.task import FINALISER
+from autoprune.threads import suited_threads
 
 __all__ = ["FULL_LR", "PrunedNetwork"]
 
@@ -90,9 +92,14 @@ class PrunedNetwork:
             TestSetError: The task has no test split, or it was read before.
         """
         bench = self._evaluator.bench
-        batches = list(bench.placed(bench.task.open_test(FINALISER).batches(500)))
-        pruned = measure(self.model, batches, bench.task.metric, bench.task.loss).summary(self.fidelity)
-        return pruned, measure(bench.original, batches, bench.task.metric, bench.task.loss).summary("dense")
+        task, networks = bench.task, (self.model, bench.original)
+        with suited_threads(bench.macs):  # one pass, in which no more than a batch or two is held: all may be too many
+            parts = [
+                [measure(network, [batch], task.metric, task.loss) for network in networks]
+                for batch in bench.placed(task.open_test(FINALISER).batches(500))
+            ]
+        pruned, dense = (reduce(Samples.joined, found) for found in zip(*parts, strict=True))
+        return pruned.summary(self.fidelity), dense.summary("dense")
 
     def save(self, folder: str | Path) -> Path:
         """Write the network to a folder that `autoprune.load` reads, and prove that it loads to the same outputs.

@@ -271,7 +271,7 @@ def _moments(
 def _latency_table(task: Task, structure: Structure, costs: CostModel, file: Path | None) -> LatencyTable:
     if file is not None and file.exists():
         return LatencyTable.load(file, costs)
-    with suited_threads(costs.dense.macs):
+    with suited_threads(costs.dense.macs, repeatable=False):
         table = LatencyTable.measure(task.fresh_model().eval(), task.example_input, structure, costs)
     if file is not None:
         table.save(file)

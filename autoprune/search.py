@@ -626,7 +626,7 @@ class _Search:
     def _latency(self, picked: PrunedNetwork) -> dict[str, Any]:
         """Return what the dense and the picked network take for one sample here, measured in turn."""
         bench, example = self.prepared.bench, self.prepared.task.example_input
-        with suited_threads(bench.macs):
+        with suited_threads(bench.macs, repeatable=False):
             times = compare({"dense": bench.original, "picked": picked.model}, example)
         return {name: dataclasses.asdict(latency) for name, latency in times.items()}
 

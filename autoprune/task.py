@@ -46,16 +46,19 @@ class Task:
     Splits are Datasets, DataLoaders, pairs of tensors `(inputs, targets)`, or `autoprune.data.Split`s.
 
     Args:
-        model: The network; kept as it is and never changed. Work is done on `fresh_model()`.
+        model: The network; kept as it is and never changed. Work is done on `fresh_model()`, on the device that the
+            network is on; data need not be there, and is best left on the CPU.
         train: What fine-tuning and batch-norm calibration read.
         val: What candidates are measured on. Without it, `val_fraction` of `train` is cut off, by `split_seed`. It is
             then not augmented, since `augment` is applied to training batches alone; but augmentation inside the
             `train` dataset stays: in that case give `val` yourself, or move the augmentation to `augment`.
         test: Sealed; `open_test` hands it to the finaliser, once.
         example_input: `(1, ...)`, what the network is traced with; by default the first of `val`.
-        augment: Takes a batch of inputs and a `torch.Generator`, returns new inputs.
-        metric: Per-sample score in [0, 1], `(outputs, targets) -> (n,)` float, higher is better.
-        loss: Per-sample loss, `(outputs, targets) -> (n,)` float.
+        augment: Takes a batch of inputs, on the device that the data is on, and a `torch.Generator`, which is on the
+            CPU; returns new inputs.
+        metric: Per-sample score in [0, 1], `(outputs, targets) -> (n,)` float, higher is better. Both arguments are on
+            the network's device.
+        loss: Per-sample loss, `(outputs, targets) -> (n,)` float; likewise.
         val_fraction: In (0, 1).
         split_seed: Of the cut.
         batch_size: Of validation, where that split is too large to be kept in memory.
@@ -193,6 +196,25 @@ class Task:
         """Return the same task, network and data shared, whose test split is not there."""
         task = copy.copy(self)
         task._sealed_test = _Sealed(None)
+        return task
+
+    def on(self, device: torch.device | str) -> "Task":
+        """Return the same task, data shared, with a copy of the network on a device; itself if it is there already.
+
+        Raises:
+            TaskError: Network, metric or loss don't run there.
+        """
+        device = torch.device(device)
+        here = {tensor.device for tensor in (*self.model.parameters(), *self.model.buffers(), self.example_input)}
+        if here == {device}:
+            return self
+        task = copy.copy(self)
+        task.model = self.fresh_model().to(device)
+        task.example_input = self.example_input.to(device)
+        try:
+            task._check(_first_batch(self._val, "val"))
+        except TaskError as error:
+            raise TaskError(f"on {device} {error}") from error
         return task
 
     @property

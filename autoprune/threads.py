@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Final, TypeVar
 
 import torch
+
+from autoprune.devices import exact
 
 __all__ = ["SMALL_MACS", "side_by_side", "suited_threads"]
 
@@ -21,18 +23,21 @@ multiply-adds took 0.8 s with one thread and over 10 s with two, beside one busy
 
 
 @contextmanager
-def suited_threads(macs: int) -> Iterator[None]:
+def suited_threads(macs: int, *, repeatable: bool = True) -> Iterator[None]:
     """Use one thread inside a `with` if the network is small, else as many as torch is set to; restore it afterwards.
 
     The rule looks at the network alone and never at the clock, so that results do not depend on what else runs.
 
     Args:
         macs: Multiply-adds of the dense network for one sample.
+        repeatable: Whether CUDA computes the same each time (see `autoprune.devices.exact`); not where a network is
+            timed as its user will run it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if macs < SMALL_MACS else threads)
     try:
-        yield
+        with exact() if repeatable else nullcontext():
+            yield
     finally:
         torch.set_num_threads(threads)
 

@@ -34,7 +34,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -45,6 +45,8 @@ from torch import nn
 
 import autoprune as ap
 from autoprune import models
+from autoprune.data import Batch
+from autoprune.devices import resolve, synchronise
 from autoprune.evaluation import RUNGS, Evaluator, Ledger, Pipeline
 from autoprune.fidelity import kendall
 from autoprune.finetuning import Recipe
@@ -98,8 +100,13 @@ class ByHand:
         self.model = task.fresh_model().eval()
         convolutions = [name for name, module in self.model.named_modules() if isinstance(module, nn.Conv2d)]
         self.ratios = dict.fromkeys(fnmatch.filter(convolutions, groups), sparsity)
-        self.val = list(task.val_batches(256))
-        self.calibration = list(task.calibration_batches(calibration, 250, 0))
+        self.val = list(self.placed(task.val_batches(256)))
+        self.calibration = list(self.placed(task.calibration_batches(calibration, 250, 0)))
+
+    def placed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches on the network's device."""
+        device = self.task.example_input.device
+        return ((inputs.to(device), targets.to(device)) for inputs, targets in batches)
 
     def __call__(self, steps: int) -> float:
         """Evaluate a candidate, and return its accuracy."""
@@ -160,7 +167,7 @@ class ByHand:
         optimizer = torch.optim.SGD(
             model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
         )
-        batches = self.task.train_batches(recipe.batch_size, 0)
+        batches = self.placed(self.task.train_batches(recipe.batch_size, 0))
         model.train()
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = recipe.lr * one_cycle((step + 1) / steps, recipe.warmup)
@@ -185,7 +192,7 @@ class Masked(ByHand):
             kept = change.kept.get(name, {})
             mask = torch.ones_like(tensor)
             for dim, indices in kept.items():
-                along = torch.zeros(tensor.shape[dim])
+                along = torch.zeros(tensor.shape[dim], device=tensor.device)
                 along[indices] = 1
                 mask *= along.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
             self.masks[name] = mask
@@ -210,7 +217,7 @@ def compare(ways: dict[str, Callable[[int], float]], steps: int, repeats: int) -
     for number in range(repeats + 1):  # the first is the warm-up
         for name, way in ways.items():
             started = time.perf_counter()
-            accuracy[name] = way(steps)
+            accuracy[name] = way(steps)  # a number, so that an accelerator has been waited for
             if number:
                 seconds[name].append(time.perf_counter() - started)
     return {
@@ -370,13 +377,15 @@ def fastnas(task: ap.Task, calibration: int, sparsity: float) -> dict[str, Any]:
     }
 
 
-def peak(size: int = 4096) -> float:
+def peak(device: torch.device, size: int = 4096) -> float:
     """Return multiply-adds a second of matrix products in bfloat16."""
-    a, b = torch.randn(size, size).bfloat16(), torch.randn(size, size).bfloat16()
+    a, b = (torch.randn(size, size).bfloat16().to(device) for _ in range(2))
     seconds = []
     for _ in range(4):
+        synchronise(device)
         started = time.perf_counter()
         a @ b
+        synchronise(device)
         seconds.append(time.perf_counter() - started)
     return size**3 / min(seconds)
 
@@ -443,7 +452,9 @@ def main() -> None:
         "spent": spent(same),
         "race": raced(ours["reconstructed"], options.raced) if options.raced else None,
         "overhead": same.overhead(),
-        "share": work / candidates[0]["ours, recalibrated"]["median"] / peak() if 0 in candidates else None,
+        "share": work / candidates[0]["ours, recalibrated"]["median"] / peak(same.bench.device)
+        if 0 in candidates
+        else None,
         "fastnas": fastnas(task, options.calibration, options.sparsity),  # last: it changes torch's modules
     }
     print(table(found))
@@ -453,15 +464,17 @@ def main() -> None:
 
 
 def _task(options: argparse.Namespace) -> ap.Task:
+    device = resolve(options.device)
     if options.data_root is not None:
-        return ap.Task.named(options.network, options.data, root=options.data_root, weights=options.weights)
+        task = ap.Task.named(options.network, options.data, root=options.data_root, weights=options.weights)
+        return task.on(device)
     model = models.build(options.network, num_classes=10, in_channels=3, input_size=options.size)
     generator = torch.Generator().manual_seed(0)
     number = options.val + options.calibration
     images = torch.randn(number, 3, options.size, options.size, generator=generator)
     targets = torch.arange(number) % 10
     val = (images[: options.val], targets[: options.val])
-    return ap.Task(model, train=(images[options.val :], targets[options.val :]), val=val)
+    return ap.Task(model, train=(images[options.val :], targets[options.val :]), val=val).on(device)
 
 
 def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -480,6 +493,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--raced", type=int, default=40, help="random policies of the race; 0 for none")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
 

@@ -87,6 +87,31 @@ def test_a_finished_search_is_not_searched_again(
     assert (out / "ledger.jsonl").read_bytes() == before
 
 
+def test_the_device_is_no_part_of_what_a_search_is(
+    finished: tuple[Path, dict[str, Any]], weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, printed = finished
+    assert "device" not in json.loads((out / "config.json").read_text())["source"]
+    assert run(*SEARCH, "--weights", str(weights), "--out", str(out), "--device", "cpu", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == printed
+
+
+@pytest.mark.parametrize("command", ["search", "pick", "finalize", "evaluate", "sensitivity", "train"])
+def test_a_device_that_is_not_there_is_one_line(
+    command: str,
+    finished: tuple[Path, dict[str, Any]],
+    weights: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available=False: None)
+    new = ["--weights", str(weights), "--out", "out.safetensors"]
+    out = str(finished[0])
+    given = {"search": [*SEARCH[1:], *new], "sensitivity": new, "train": new, "evaluate": [f"{out}/pruned"]}
+    assert run(command, *given.get(command, [out]), "--device", "cuda:1") == 2
+    assert capsys.readouterr().err == "error: there is no device 'cuda:1' here; there are: cpu\n"
+
+
 def test_another_search_in_the_same_folder_is_refused(
     finished: tuple[Path, dict[str, Any]], weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"autoprune": "autoprune", "agents": "autoprune.agents", "search_spaces": "autoprune.search_spaces"}
 
-_BASE = "errors policy registry seeds threads progress run inputs"
+_BASE = "errors policy registry devices seeds threads progress run inputs"
 _TASK = "data models task"
 _NETWORK = f"{_BASE} structure cost"
 _TRAINING = f"{_NETWORK} {_TASK} moments scoring scheduling"
@@ -33,8 +33,9 @@ LAYERS = {
     "_version": "",
     "policy": "errors",
     "registry": "errors",
+    "devices": "errors",
     "seeds": "",
-    "threads": "",
+    "threads": "devices",
     "progress": "",
     "run": "errors",
     "inputs": "",

@@ -224,6 +224,14 @@ def test_the_model_is_kept_and_never_changed(net: nn.Module) -> None:
     assert not {id(p) for p in copied.parameters()} & {id(p) for p in net.parameters()}
 
 
+def test_on_its_own_device_it_is_itself_and_elsewhere_a_copy_with_the_same_seal(net: nn.Module) -> None:
+    task = Task(net, train=samples(20), val=samples(9, 20), test=samples(7, 40))
+    assert task.on("cpu") is task
+    with pytest.raises(TaskError, match=r"^on meta the metric must return one number a sample, \(\d,\), but fails"):
+        Task(net, train=samples(20), metric=lambda outputs, targets: top1(outputs.cpu(), targets.cpu())).on("meta")
+    assert next(net.parameters()).device.type == "cpu"
+
+
 def test_the_example_is_the_first_validation_sample_or_the_one_given(net: nn.Module) -> None:
     task = Task(net, train=samples(20), val=samples(3, 20))
     assert torch.equal(task.example_input, samples(1, 20)[0])

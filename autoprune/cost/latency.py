@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from autoprune.devices import synchronise
 from autoprune.errors import ConfigError
 from autoprune.inputs import call, evaluating
 
@@ -151,17 +152,12 @@ def runner(model: nn.Module, example_input: Any, compiled: bool) -> Callable[[],
 
 def timed(run: Callable[[], Any], device: torch.device, clock: Clock, calls: int = 1) -> float:
     """Return the seconds that one of several calls takes."""
-    _synchronise(device)
+    synchronise(device)
     start = clock()
     for _ in range(calls):
         run()
-    _synchronise(device)
+    synchronise(device)
     return (clock() - start) / calls
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def summary(samples: Sequence[float], model: nn.Module, example_input: Any, compiled: bool) -> Latency:

@@ -105,7 +105,7 @@ def measure(
                 outputs = network(inputs)
             outputs = outputs.float() if precision.dtype != "float32" else outputs
             with one_at_a_time:  # these are the user's, who may not have thought of threads
-                found[number] = metric(outputs, targets).cpu().double(), loss(outputs, targets).cpu().double()
+                found[number] = metric(outputs, targets).double(), loss(outputs, targets).double()
 
     networks = (model, *twins)
     with ExitStack() as stack:
@@ -113,4 +113,4 @@ def measure(
             stack.enter_context(evaluating(network))
         side_by_side([partial(run, network) for network in networks])
     scores, losses = zip(*(found[number] for number in sorted(found)), strict=True)
-    return Samples(torch.cat(scores), torch.cat(losses))
+    return Samples(torch.cat(scores).cpu(), torch.cat(losses).cpu())  # at the end: an accelerator is waited for once

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Final, Self
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from autoprune.cost import Cost
 from autoprune.data import Batch
+from autoprune.devices import streamed, synchronise
 from autoprune.evaluation.folding import Folding
 from autoprune.inputs import evaluating
 from autoprune.seeds import seeded_torch
@@ -62,14 +64,13 @@ class Precision:
         return type(self)("float32", self.channels_last)
 
     def place(self, inputs: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Return inputs on a device, in the layout."""
-        spatial = self.channels_last and inputs.dim() == 4
-        return inputs.to(device, memory_format=torch.channels_last if spatial else torch.contiguous_format)
+        """Return inputs on a device, in the layout; from page-locked memory without waiting."""
+        layout = torch.channels_last if self.channels_last and inputs.dim() == 4 else torch.contiguous_format
+        return inputs.to(device, non_blocking=inputs.is_pinned(), memory_format=layout)
 
     def placed(self, batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-        """Yield batches on a device, in the layout."""
-        for inputs, targets in batches:
-            yield self.place(inputs, device), targets.to(device)
+        """Yield batches on a device, in the layout (see `autoprune.devices.streamed`)."""
+        return streamed(batches, partial(self.place, device=device), device)
 
     def running(self, device: torch.device) -> AbstractContextManager[Any]:
         """Return what a network runs under."""
@@ -211,7 +212,7 @@ def choose(
     agree = [t for t in trials if t.failure is None and (t.differs <= allowed or t.precision.dtype == "float32")]
     best = _fastest({trial.precision: trial.seconds for trial in agree})
     few, few_targets = inputs[:trained], targets[:trained]
-    with seeded_torch(0):  # dropout draws
+    with seeded_torch(0, inputs.device):  # dropout draws
         training = {
             trial.precision: 1000 * _trained(model, trial.precision, few, few_targets, loss, clock) / len(few)
             for trial in trials
@@ -231,11 +232,12 @@ def _timed(
         model = Folding(model, placed[:2])(model)
     with precision.running(inputs.device):
         model(placed[:8])
+        synchronise(inputs.device)
         seconds = []
         for _ in range(2):
             started = clock()
             outputs = model(placed)
-            _finish(inputs.device)
+            synchronise(inputs.device)
             seconds.append(clock() - started)
     return min(seconds), outputs.float()
 
@@ -262,7 +264,7 @@ def _trained(
             if not math.isfinite(value.item()):
                 return math.inf
             value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            _finish(inputs.device)
+            synchronise(inputs.device)
             seconds.append(clock() - started)
     except Exception:  # whoever trains it is told; here nothing is trained
         return math.inf
@@ -273,11 +275,6 @@ def _laid_out(model: nn.Module, precision: Precision, inputs: torch.Tensor) -> t
     if inputs.dim() == 4:
         model.to(memory_format=torch.channels_last if precision.channels_last else torch.contiguous_format)
     return precision.place(inputs, inputs.device)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _decided(outputs: torch.Tensor, targets: torch.Tensor, metric: Measure) -> tuple[torch.Tensor, ...]:

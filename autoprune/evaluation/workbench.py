@@ -1,6 +1,6 @@
 """The workbench: a network made ready for slicing and measuring, on one device, with its data beside it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from typing import Any, Self
@@ -10,6 +10,7 @@ from torch import nn
 
 from autoprune.cost import count
 from autoprune.data import Batch
+from autoprune.devices import nearest
 from autoprune.evaluation.candidate import Measurement
 from autoprune.evaluation.folding import Folding
 from autoprune.evaluation.measure import Samples, measure
@@ -111,12 +112,20 @@ class Workbench:
         self.race = race
         self._val = self._in_memory() if size <= _IN_MEMORY else None
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
-        """Pickle what the workbench is made from, without the test split; whoever unpickles it makes the rest again."""
-        task = self.task.without_test()
-        given = (task, self.structure, self.orders, self._calibration_images, self._given_seed)
+    def __reduce__(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:
+        """Pickle what the workbench is made from, without the test split; whoever unpickles it makes the rest again.
+
+        On the same device, or on the nearest that there is; nothing is on one in between.
+        """
+        task = self.task.without_test().on("cpu")
+        orders = {name: o.cpu() if isinstance(o, torch.Tensor) else o for name, o in self.orders.items()}
+        given = (task, self.structure, orders, self._calibration_images, self._given_seed)
         how = (self.rung, self.choice, self.activations_memory, self.race, self.weights)
-        return type(self), (*given, *how)
+        return type(self)._on, (self.device, *given, *how)
+
+    @classmethod
+    def _on(cls, device: torch.device, task: Task, *given: Any) -> Self:
+        return cls(task.on(nearest(device)), *given)
 
     def _in_memory(self) -> list[Batch]:
         """Return the validation batches, ready."""

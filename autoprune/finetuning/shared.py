@@ -73,7 +73,7 @@ def train_shared(
     if steps > 0 and parameters:
         optimizer = descent(parameters, recipe)
         model.train()
-        with seeded_torch(seed), torch.enable_grad():
+        with seeded_torch(seed, parameters[0].device), torch.enable_grad():
             for step in range(steps):
                 for settings in optimizer.param_groups:
                     settings["lr"] = recipe.lr * one_cycle((step + 1) / steps, recipe.warmup)
@@ -84,14 +84,15 @@ def train_shared(
                     smaller = cut(model, change)
                     values.append(backward(smaller, batch, loss, running))
                     add_gradients(model, smaller, change)
-                if not all(map(math.isfinite, values)):
+                losses = [float(value.item()) for value in values]
+                if not all(map(math.isfinite, losses)):
                     raise DivergedError(
                         f"a loss is not finite at step {step + 1} of {steps} of training shared weights; a lower lr "
                         "may help"
                     )
                 optimizer.step()
                 if progress is not None:
-                    progress(step + 1, values[0])
+                    progress(step + 1, losses[0])
     model.eval()
 
 

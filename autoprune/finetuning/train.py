@@ -74,12 +74,16 @@ def train(
     if steps > 0 and parameters:
         optimizer = descent(parameters, recipe)
         model.train()
-        with seeded_torch(seed), torch.enable_grad(), hold_zeros(model, zeroed):
+        with seeded_torch(seed, parameters[0].device), torch.enable_grad(), hold_zeros(model, zeroed):
+            batch = next(batches)
             for step in range(steps):
                 for settings in optimizer.param_groups:
                     settings["lr"] = recipe.lr * one_cycle((step + 1) / steps, recipe.warmup)
                 optimizer.zero_grad(set_to_none=True)
-                value = backward(model, next(batches), loss, running)
+                loss_now = backward(model, batch, loss, running)
+                if step + 1 < steps:  # read while an accelerator computes, before its loss is waited for
+                    batch = next(batches)
+                value = float(loss_now.item())
                 if not math.isfinite(value):
                     raise DivergedError(f"the loss is {value} at fine-tuning step {step + 1} of {steps}")
                 optimizer.step()
@@ -100,19 +104,14 @@ def backward(
     batch: tuple[torch.Tensor, torch.Tensor],
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     running: Callable[[], AbstractContextManager[Any]],
-) -> float:
-    """Run a network on a batch, add the mean loss's gradients to its parameters', and return that loss.
-
-    A loss that is not finite leaves the gradients as they are.
-    """
+) -> torch.Tensor:
+    """Run a network on a batch, add the mean loss's gradients to its parameters', and return that loss, `()`."""
     inputs, targets = batch
     with running():
         outputs = model(inputs)
     value = loss(outputs.float() if outputs.dtype in _HALF else outputs, targets).mean()
-    found = float(value.item())
-    if math.isfinite(found):
-        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return found
+    value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return value.detach()
 
 
 def one_cycle(done: float, warmup: float) -> float:

@@ -175,13 +175,18 @@ class Moments(Mapping[str, LayerMoments]):
     def load(cls, path: Path, digest: Mapping[str, str], device: torch.device | None = None) -> Self:
         """Read what `save` wrote.
 
+        Args:
+            path: The file.
+            digest: What it must have been made from.
+            device: Where the moments go, as a rule the network's; the CPU by default.
+
         Raises:
             RunError: The file can't be read, or is of something else.
         """
         try:
-            with safe_open(path, "pt", device=str(device or "cpu")) as file:
+            with safe_open(path, "pt") as file:
                 document = json.loads(file.metadata()["moments"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - no mapping
             layers = [
                 LayerMoments(
                     **layer,

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune.errors import StructureError
 from autoprune.inputs import call, each_tensor
+from autoprune.seeds import kept_torch
 from autoprune.structure.groups import Group, Structure
 from autoprune.structure.labels import distinct, varying
 from autoprune.structure.seen import Trace
@@ -63,6 +64,7 @@ class Proof:
         self._training = training
         self._traced: Trace | None = None
         self._model = in_mode(copy.deepcopy(model), training=training)
+        self._device = next((t.device for t in (*model.parameters(), *tensors(example_input))), None)
         with torch.no_grad():
             for parameter in self._model.parameters():
                 if parameter.is_floating_point() and parameter.numel() > 1 and parameter.min() == parameter.max():
@@ -80,7 +82,7 @@ class Proof:
             change = partial(self._random, precision=precision, batch=batch, samples=samples)
             inputs = self._inputs = each_tensor(example_input, change)
             try:
-                with torch.random.fork_rng(devices=[]):
+                with kept_torch(self._device):
                     self._outputs(self._model.to(precision))
                 return inputs
             except (MemoryError, torch.OutOfMemoryError):
@@ -120,7 +122,7 @@ class Proof:
             runs.append({name: sets[_RUNS] for name, sets in going.items()})
         found: dict[str, str] = {}
         sound = list(groups)
-        with torch.random.fork_rng(devices=[]):
+        with kept_torch(self._device):
             for removed in runs:
                 faulty = dict(self._culprits(sound, removed))
                 found |= faulty
@@ -135,7 +137,7 @@ class Proof:
     @cached_property
     def _hopeless(self) -> str | None:
         """Why nothing can be proven of this network, if so."""
-        with torch.random.fork_rng(devices=[]):
+        with kept_torch(self._device):
             pairs = list(zip(self._outputs(self._model), self._outputs(self._model), strict=True))
         if any(first.isnan().any() for first, _ in pairs):
             return "the network's output on random input is not a number, which proves nothing"

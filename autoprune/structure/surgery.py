@@ -102,7 +102,7 @@ def plan(model: nn.Module, structure: Structure, removed: Mapping[str, Removal])
         if group.block is not None:
             blocks.append(group.block)
             continue
-        rows[name] = np.asarray(removal, dtype=np.int64)
+        rows[name] = np.asarray(removal.cpu() if isinstance(removal, torch.Tensor) else removal, dtype=np.int64)
         for part in group.slices:
             gone[part.tensor, part.dim].append((name, part.positions))
         for changed in group.attributes:

@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoprune.errors import StructureError
 from autoprune.inputs import call
+from autoprune.seeds import kept_torch
 from autoprune.structure.seen import Trace
-from autoprune.structure.tracer import Tracer
+from autoprune.structure.tracer import Tracer, tensors
 
 __all__ = ["in_mode", "plain_attention", "trace", "unwrapped"]
 
@@ -72,7 +73,7 @@ def trace(model: nn.Module, inputs: Any, *, training: bool = False) -> Trace:
     modes = [(module, module.training) for module in model.modules()]
     try:
         with (
-            torch.random.fork_rng(devices=[]),
+            kept_torch(next((t.device for t in (*model.parameters(), *tensors(inputs))), None)),
             torch.no_grad(),
             plain_attention(),
             _watched(in_mode(model, training=training), tracer),

@@ -107,6 +107,20 @@ def test_it_leaves_eval_mode_and_takes_just_the_steps_asked_for() -> None:
     assert all(math.isfinite(value) for _, value in seen)
 
 
+def test_no_batch_is_read_beyond_the_last_step() -> None:
+    read = []
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for number in range(9):
+            read.append(number)
+            yield torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
+
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Linear(3, 2)
+    train(model, batches(), 4, recipe=Recipe(), loss=cross_entropy, seed=0)
+    assert read == [0, 1, 2, 3]
+
+
 def test_no_steps_and_frozen_weights_change_nothing() -> None:
     model = network().train()
     before = weights(model)
