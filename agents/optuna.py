@@ -105,9 +105,11 @@ class OptunaAgent:
         objectives: "one" or "several": what the sampler is told of a candidate (see `Agent`).
         warm_start: Whether the policies that the analyzer suggests are tried first.
         storage: Where the study is kept: a URL of SQLAlchemy's (sqlite, PostgreSQL, MySQL; its driver must be
-            installed), or a storage of Optuna's. None: in memory. Searches that share a study have the same task,
-            budget, bounds and search space, and are repeatable only together with what the others did; they do not
-            take each other's candidates over, but each tells the sampler of all.
+            installed), or a storage of Optuna's. None: in memory. With one, the seed alone no longer repeats a search,
+            as what is proposed depends on what is there, but killed, it goes on: it evaluates nothing twice, and each
+            of its candidates is a trial. Searches may share a study; they must have the same task, fidelity, budget,
+            bounds and search space, of which the last three are checked. Each learns from the trials of all, but its
+            ledger holds its own candidates only.
         study: The study's name in the storage; part of what a search is.
 
     Raises:
@@ -349,7 +351,9 @@ class CMAESAgent:
 class QMCAgent:
     """A scrambled Sobol sequence: covers the space more evenly than random points, and learns nothing.
 
-    Searches that share a study take their points from one sequence. See `Agent` for the contract.
+    A control: on the synthetic problem of `autoprune.testing` its best of 50 is random's (0.001 above, over six seeds).
+    Searches that share a study take their points from one sequence. Optuna calls it experimental. See `Agent` for the
+    contract.
 
     Args:
         warm_start: As in `OptunaAgent`, as `storage` and `study` are.
@@ -387,7 +391,9 @@ class QMCAgent:
 class NSGA2Agent:
     """NSGA-II (Deb et al. 2002): raises accuracy and lowers MACs and parameters, none before another.
 
-    See `Agent` for the contract.
+    For hundreds of candidates: on the synthetic problem of `autoprune.testing` with six groups, means over five seeds,
+    the volume that its candidates dominate is 0.02 below that of random ones after 50, and 0.02 above after 150, where
+    `MultiObjectiveTPEAgent` is 0.04 and 0.05 above. See `Agent` for the contract.
 
     Args:
         population: Candidates of a generation. None: a sixth of the evaluations, at least 4, at most Optuna's own 50.
@@ -425,7 +431,7 @@ class NSGA2Agent:
 class NSGA3Agent:
     """NSGA-III (Deb & Jain 2014): as `NSGA2Agent`, but spreads its front by reference points in place of crowding.
 
-    See `Agent` for the contract.
+    What is said there of few candidates holds here too; Optuna calls it experimental. See `Agent` for the contract.
 
     Args:
         population: As in `NSGA2Agent`.
@@ -481,7 +487,7 @@ def _population(env: PruningEnv, population: int | None) -> int:
 
 @contextlib.contextmanager
 def _experimental() -> Iterator[None]:
-    """Make a sampler that Optuna calls experimental without a warning: which it is, our docstrings say."""
+    """Make a sampler without the warning that Optuna may change it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield

@@ -504,7 +504,7 @@ class _Search:
             slopes=slopes,
             predicted=predicted,
             worst=0.0 if self.settings.max_drop is None else -1.0,
-            name=self.folder.read(self.folder.config)["name"],
+            name=self.folder.read(self.folder.config).get("name", ""),
             known=[candidate.policy for candidate in self.evaluator.ledger if candidate.arm == arm.name],
         )
 

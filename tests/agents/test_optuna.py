@@ -33,7 +33,7 @@ from autoprune.environment import PruningEnv
 from autoprune.errors import ConfigError
 from autoprune.evaluation.candidate import Candidate
 from autoprune.policy import Policy
-from autoprune.registry import resolve
+from autoprune.registry import make, resolve
 from autoprune.testing import AgentContract, _sequence, run_agent, synthetic_env
 
 
@@ -108,27 +108,28 @@ def proposed(agent: Agent, seed: int = 3, evaluations: int = 16, warm: int = 0, 
         value=lambda candidate: candidate.accuracy,
         evaluations=evaluations,
         at_once=at_once,
-        warm_starts=[env.space.decode([0.1 + 0.3 * start] * dimensions) for start in range(warm)],
+        warm_starts=[env.space.decode(np.linspace(start, 1 - start, dimensions).tolist()) for start in range(warm)],
     )
     run_agent(agent, warmed, seed=seed)
     return [candidate.id for candidate in evaluator.candidates]
 
 
 def test_all_names_propose_the_same_in_another_process() -> None:
-    names = ["cmaes", "gp", "motpe", "nsga3", "qmc", "tpe-univariate"]
+    agents: dict[str, dict[str, int]] = {name: {} for name in ("cmaes", "motpe", "nsga3", "qmc", "tpe-univariate")}
+    agents["gp"] = {"startup": 13}
     code = f"""
 import json, torch
-from autoprune.registry import resolve
+from autoprune.registry import make
 from autoprune.testing import _sequence
 torch.set_num_threads({torch.get_num_threads()})
-found = {{name: [p.id for p in _sequence(resolve("agent", name)(), 16, seed=3)] for name in {names}}}
-print(json.dumps(found))
+found = {{name: _sequence(make("agent", name, settings), 16, seed=3) for name, settings in {agents}.items()}}
+print(json.dumps({{name: [policy.id for policy in policies] for name, policies in found.items()}}))
 """
     environment = {**os.environ, "PYTHONHASHSEED": "271828", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     there = json.loads(run.stdout)
-    for name in names:
-        policies = _sequence(resolve("agent", name)(), 16, seed=3)
+    for name, settings in agents.items():
+        policies = _sequence(make("agent", name, settings), 16, seed=3)
         assert [policy.id for policy in policies] == there[name], name
 
 
@@ -136,8 +137,8 @@ print(json.dumps(found))
 
 
 def test_the_search_seeds_the_sampler_that_a_function_makes() -> None:
-    for make in (TPESampler, partial(TPESampler, n_startup_trials=5), lambda seed: RandomSampler(seed=seed)):
-        agent = OptunaAgent(make)
+    for factory in (TPESampler, partial(TPESampler, n_startup_trials=5), lambda seed: RandomSampler(seed=seed)):
+        agent = OptunaAgent(factory)
         assert proposed(agent, seed=1) == proposed(agent, seed=1) != proposed(agent, seed=2)
 
 
@@ -161,7 +162,7 @@ def test_a_sampler_of_ones_own_is_enough() -> None:
             return {}
 
         def sample_independent(self, study: object, trial: FrozenTrial, name: str, distribution: object) -> float:
-            return (0.5 + trial.number / 40) % 1
+            return (0.5 + trial.number * ord(name[-1]) / 40) % 1
 
     assert len(proposed(OptunaAgent(Middle()), evaluations=5)) > 1
 
@@ -217,12 +218,12 @@ def by_random() -> list[float]:
     return [best(RandomAgent(), seed) for seed in range(4)]
 
 
-# GP gains 0.029 on all four seeds, at a second a proposal.
+# GP's proposals take the time: on four seeds, with the usual startup, it gains 0.029.
 @pytest.mark.parametrize(
-    ("make", "seeds"), [(TPEAgent, 4), (UnivariateTPEAgent, 4), (CMAESAgent, 4), (partial(GPAgent, startup=20), 1)]
+    ("kind", "seeds"), [(TPEAgent, 4), (UnivariateTPEAgent, 4), (CMAESAgent, 4), (partial(GPAgent, startup=38), 1)]
 )
-def test_it_beats_random_at_equal_evaluations(make: Callable[[], Agent], seeds: int, by_random: list[float]) -> None:
-    assert np.mean([best(make(), seed) - by_random[seed] for seed in range(seeds)]) > 0.005
+def test_it_beats_random_at_equal_evaluations(kind: Callable[[], Agent], seeds: int, by_random: list[float]) -> None:
+    assert np.mean([best(kind(), seed) - by_random[seed] for seed in range(seeds)]) > 0.005
 
 
 def dominated(agent: Agent, seed: int) -> float:
@@ -238,7 +239,7 @@ def dominated(agent: Agent, seed: int) -> float:
 
 def test_motpe_beats_random_at_equal_evaluations() -> None:
     by_motpe, by_random = (
-        np.array([dominated(agent, seed) for seed in range(4)]) for agent in (MultiObjectiveTPEAgent(), RandomAgent())
+        np.array([dominated(agent, seed) for seed in range(3)]) for agent in (MultiObjectiveTPEAgent(), RandomAgent())
     )
     assert np.mean(by_motpe - by_random) > 0.02
 
@@ -270,12 +271,12 @@ def test_warm_starts_come_first() -> None:
     assert [candidate.policy for candidate in evaluator.candidates[:2]] == starts
 
 
-@pytest.mark.parametrize("make", [TPEAgent, CMAESAgent, QMCAgent, GPAgent, OptunaAgent])
-def test_warm_starts_are_a_switch(make: Callable[..., Agent]) -> None:
+@pytest.mark.parametrize("kind", [TPEAgent, CMAESAgent, QMCAgent, GPAgent, OptunaAgent])
+def test_warm_starts_are_a_switch(kind: Callable[..., Agent]) -> None:
     starts = proposed(TPEAgent(), warm=2, evaluations=2)
-    assert proposed(make(), warm=2, evaluations=5)[:2] == starts
-    without = proposed(make(warm_start=False), warm=2, evaluations=5)
-    assert without == proposed(make(), evaluations=5)
+    assert proposed(kind(), warm=2, evaluations=5)[:2] == starts
+    without = proposed(kind(warm_start=False), warm=2, evaluations=5)
+    assert without == proposed(kind(), evaluations=5)
 
 
 def test_cmaes_begins_around_the_best_warm_start() -> None:
