@@ -31,7 +31,7 @@ several workers busy, an agent proposes with `env.submit` or `env.decide` and ta
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from autoprune.environment import PruningEnv
 from autoprune.evaluation import Candidate, Result
@@ -46,12 +46,15 @@ Objectives = Literal["one", "several"]
 class Agent(Protocol):
     """Proposes policies; made with keyword settings only, all of which have defaults.
 
-    Attributes:
-        objectives: "one": the search space always fills the budget, and `env.value` is what to raise. "several": the
-            space has a dimension for the share of the budget, and `env.objectives` is what to trade.
+    A class variable is enough for `objectives`. "one": the search space always fills the budget, and `env.value` is
+    what to raise. "several": the space has a dimension for the share of the budget, and `env.objectives` is what to
+    trade.
     """
 
-    objectives: ClassVar[Objectives]
+    @property
+    def objectives(self) -> Objectives:
+        """What the agent is after."""
+        ...
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Propose policies to `env.evaluate` or `env.submit`, or step through `env`, until one raises `SearchOver`.

@@ -308,6 +308,21 @@ def search(
         ),
     ] = "resource",
     agent: Annotated[str, typer.Option(help=f"What proposes policies: {', '.join(registry.names('agent'))}.")] = "tpe",
+    warm_start: Annotated[
+        bool,
+        typer.Option(
+            "--warm-start/--no-warm-start", help="Whether an Optuna agent tries what the analyzer suggests first."
+        ),
+    ] = True,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A database for an Optuna agent's trials, such as sqlite:///trials.db or postgresql://HOST/DB; "
+            "searches that share a study there learn from each other.",
+        ),
+    ] = None,
+    study: Annotated[str | None, typer.Option(metavar="NAME", help="The study's name in it.")] = None,
     space: Annotated[
         str, typer.Option(help=f"What has a sparsity of its own: {', '.join(registry.names('search space'))}.")
     ] = "group",
@@ -396,7 +411,9 @@ def search(
         "seed": seed,
     }
     options = SearchSettings.of({**settings, "agent": agent})  # refuses what is wrong before anything is loaded
-    registry.resolve("agent", agent)
+    given: dict[str, Any] = {"warm_start": None if warm_start else False, "storage": storage, "study": study}
+    agent_settings = {name: value for name, value in given.items() if value is not None}
+    registry.make("agent", agent, agent_settings)
     source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)
     with watching(quiet) as progress:
         work = _task(source, device=device, baseline=RunFolder(out).baseline, progress=progress, trained=not dry_run)
@@ -405,7 +422,7 @@ def search(
             return
         executor = _executor(workers, ray_address, worker_gpus)
         places: dict[str, Any] = {"out": out, "progress": progress, "source": source, "executor": executor}
-        result = autoprune.search(work, agent=agent, reuse=reuse, **places, **settings)
+        result = autoprune.search(work, agent=agent, agent_settings=agent_settings, reuse=reuse, **places, **settings)
     _print_result(result)
     if as_json:
         _print_json(result.to_dict())

@@ -221,6 +221,9 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         slopes: Accuracy lost by sparsity, of each group; missing or negative ones are zero in the observation.
         predicted: What moments predict of policies, for agents that use it.
         worst: Value of a candidate that failed.
+        name: Tells the search from others that work on the same, and stays when it goes on.
+        known: Policies that the search itself proposed before its process ended, in their order; none but where it
+            goes on. They need not be looked at: whoever proposes one again gets its candidate at once.
 
     Raises:
         ConfigError: There is no group to decide.
@@ -242,6 +245,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         slopes: Mapping[str, float] = MappingProxyType({}),
         predicted: Analytic | None = None,
         worst: float = 0.0,
+        name: str = "",
+        known: Sequence[Policy] = (),
     ) -> None:
         if not len(feasible.structure):
             raise ConfigError("there is nothing to search: the network has no group that can be pruned")
@@ -252,6 +257,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self.warm_starts = tuple(warm_starts)
         self.predicted = predicted
         self.worst = worst
+        self.name = name
+        self.known = tuple(known)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = spaces.Box(0.0, 1.0, (len(Observation._fields),), np.float32)
         self._submit = submit

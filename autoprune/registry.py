@@ -5,13 +5,15 @@ A member is `"module:attribute"`. Packages of others add theirs through the entr
 """
 
 import importlib
+import inspect
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
 
 from autoprune.errors import ConfigError, UnknownNameError
 
-__all__ = ["FAMILIES", "names", "resolve"]
+__all__ = ["FAMILIES", "make", "names", "resolve"]
 
 FAMILIES = MappingProxyType(
     {
@@ -19,12 +21,18 @@ FAMILIES = MappingProxyType(
             {
                 "amc": "autoprune.agents.amc:AMCAgent",
                 "analytic": "autoprune.agents.analytic:AnalyticAgent",
+                "cmaes": "autoprune.agents.optuna:CMAESAgent",
+                "gp": "autoprune.agents.optuna:GPAgent",
+                "motpe": "autoprune.agents.optuna:MultiObjectiveTPEAgent",
                 "ppo": "autoprune.agents.amc:PPOAgent",
                 "sac": "autoprune.agents.amc:SACAgent",
                 "td3": "autoprune.agents.amc:TD3Agent",
                 "nsga2": "autoprune.agents.optuna:NSGA2Agent",
+                "nsga3": "autoprune.agents.optuna:NSGA3Agent",
+                "qmc": "autoprune.agents.optuna:QMCAgent",
                 "random": "autoprune.agents.random:RandomAgent",
                 "tpe": "autoprune.agents.optuna:TPEAgent",
+                "tpe-univariate": "autoprune.agents.optuna:UnivariateTPEAgent",
                 "uniform": "autoprune.agents.uniform:UniformAgent",
             }
         ),
@@ -80,3 +88,17 @@ def resolve(family: str, name: str) -> Any:
         raise UnknownNameError(family, name, table)
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def make(family: str, name: str, settings: Mapping[str, Any]) -> Any:
+    """Return what is behind a name, made with settings; the others have their defaults.
+
+    Raises:
+        UnknownNameError: The family has no such member, or the member no such setting.
+    """
+    member = resolve(family, name)
+    known = inspect.signature(member).parameters
+    for setting in settings:
+        if setting not in known:
+            raise UnknownNameError(f"setting of the {family} {name}", setting, known)
+    return member(**settings)

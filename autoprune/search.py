@@ -12,9 +12,11 @@ import itertools
 import math
 import platform
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,6 +78,7 @@ def search(
     *,
     out: str | Path,
     agent: Any = "tpe",
+    agent_settings: Mapping[str, Any] = MappingProxyType({}),
     tracker: Tracker | None = None,
     progress: Progress | None = None,
     source: Mapping[str, Any] | None = None,
@@ -91,6 +94,7 @@ def search(
         task: Network, data and measures.
         out: The run folder; made if it is not there.
         agent: An agent's name, or an agent (see `autoprune.agents`).
+        agent_settings: What a named agent is made with, for example `{"warm_start": False}`.
         tracker: Where candidates are logged; MLflow's own store by default.
         progress: Who watches.
         source: How the command line made the task, kept in `config.json` so that it can make it again.
@@ -115,7 +119,9 @@ def search(
     """
     name = agent if isinstance(agent, str) else type(agent).__name__
     options = SearchSettings.of({**settings, "agent": name})
-    searcher = registry.resolve("agent", agent)() if isinstance(agent, str) else agent
+    if agent_settings and not isinstance(agent, str):
+        raise ConfigError("`agent_settings` are for an agent that is named; make yours with them")
+    searcher = registry.make("agent", agent, agent_settings) if isinstance(agent, str) else agent
     if isinstance(searcher, type) or not hasattr(searcher, "run") or not hasattr(searcher, "objectives"):
         raise ConfigError(
             f"an agent is a name or an object with `objectives` and `run(env, *, seed)`, but got {searcher!r}; "
@@ -137,6 +143,7 @@ def search(
     described = task.describe()
     config = {
         "format": FORMAT,
+        "name": f"{folder.path.name}-{uuid.uuid4().hex[:8]}",
         "task": described,
         "digest": task.digest(),
         "measures": {key: described[key] for key in ("augment", "metric", "loss")},
@@ -510,6 +517,8 @@ class _Search:
             slopes=slopes,
             predicted=predicted,
             worst=self._worst,
+            name=self.folder.read(self.folder.config).get("name", ""),
+            known=[candidate.policy for candidate in self.evaluator.ledger if candidate.arm == arm.name],
         )
 
     def _warm_starts(

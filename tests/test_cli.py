@@ -14,6 +14,7 @@ from typer.main import get_command
 
 import autoprune
 from autoprune import cli, models, preparation
+from autoprune.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--candidates", "3", "--control", "1", "--finetune-steps", "2", "--calibration-images", "200"]
@@ -268,7 +269,26 @@ WRONG = {
     "task": (["--task", "nothing.py:make"], "nothing.py"),
     "bounds": (["--bounds", "nothing.toml"], "nothing.toml"),
     "no aim": (["--max-drop", "1.5"], "0.01 is one point"),
+    "setting of another agent": (["--agent", "amc", "--no-warm-start"], "no setting of the agent amc 'warm_start'"),
+    "storage alone": (["--storage", "sqlite:///trials.db"], "--study"),
 }
+
+
+def test_an_optuna_agents_options_are_its_settings(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+
+    def noted(task: object, **settings: object) -> None:
+        asked.update(settings)
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr(autoprune, "search", noted)
+    url = f"sqlite:///{tmp_path / 'trials.db'}"
+    options = ["--no-warm-start", "--storage", url, "--study", "mine", "--weights", str(weights)]
+    run("search", "--budget", "macs<=50%", *options, *QUICK, "--out", str(tmp_path / "out"))
+    assert asked["agent"] == "tpe"
+    assert asked["agent_settings"] == {"warm_start": False, "storage": url, "study": "mine"}
 
 
 @pytest.mark.parametrize("case", WRONG)

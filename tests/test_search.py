@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from torch import Tensor, nn
@@ -561,7 +562,7 @@ class OutOfTurn:
         self.under_way.clear()
 
 
-@pytest.mark.parametrize("agent", ["tpe", "nsga2", "amc", "analytic", "random"])
+@pytest.mark.parametrize("agent", ["tpe", "nsga2", "amc", "analytic", "random", "cmaes"])
 def test_with_several_under_way_it_is_the_same_search_whoever_is_faster_and_wherever_it_is_killed(
     agent: str, tmp_path: Path, light: None
 ) -> None:
@@ -586,6 +587,44 @@ def test_with_several_under_way_it_is_the_same_search_whoever_is_faster_and_wher
     assert ledger("killed") == ledger("whole")
     assert result.summary["picked"] == whole.summary["picked"]
     assert [line["number"] for line in ledger("whole")] == list(range(len(ledger("whole"))))
+
+
+def test_on_a_kept_study_it_goes_on_wherever_it_is_killed_and_every_candidate_is_a_trial(
+    tmp_path: Path, light: None
+) -> None:
+    url, out = f"sqlite:///{tmp_path / 'trials.db'}", tmp_path / "run"
+    shared: dict[str, Any] = {"agent_settings": {"storage": url, "study": "s"}, "finetune_steps": 0, "sensitivity": ()}
+    for kill_at in (4, 6):
+        with pytest.raises(KeyboardInterrupt):
+            run(out, tracker=Probe(kill_at), executor=OutOfTurn(2), **shared)
+    run(out, **shared)
+    assert url not in (out / "config.json").read_text()  # it may hold a password
+    ledger = {line["id"]: line["arm"] for line in ledger_of(out)}
+    assert len(ledger) == len(ledger_of(out))
+    storage = optuna.storages.RDBStorage(url)
+    trials = optuna.load_study(study_name="s", storage=storage).trials
+    storage.remove_session()
+    storage.engine.dispose()
+    assert {trial.state for trial in trials} == {optuna.trial.TrialState.COMPLETE}
+    assert {trial.user_attrs["run"] for trial in trials} == {read(out / "config.json")["name"]}
+    told = {trial.user_attrs["policy"] for trial in trials}
+    assert len(told) == SETTINGS["candidates"]
+    assert {policy for policy, arm in ledger.items() if arm == "search"} <= told <= set(ledger)  # uniform was tried too
+
+
+@pytest.mark.parametrize("change", [{"warm_start": False}, {"startup": 3}])
+def test_what_an_agent_is_made_with_is_part_of_the_search(tmp_path: Path, light: None, change: dict[str, Any]) -> None:
+    out = tmp_path / "run"
+    run(out, candidates=1, control=0, sensitivity=())
+    with pytest.raises(RunError, match=f"its {next(iter(change))} is"):
+        run(out, candidates=1, control=0, sensitivity=(), agent_settings=change)
+
+
+def test_settings_that_the_agent_does_not_have_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="no setting of the agent random 'warm_start'"):
+        run(tmp_path / "run", agent="random", agent_settings={"warm_start": False})
+    with pytest.raises(ConfigError, match="make yours with them"):
+        run(tmp_path / "run", agent=RandomAgent(), agent_settings={"warm_start": False})
 
 
 LADDER: dict[str, Any] = {"candidates": 12, "control": 2, "promote": 0.5, "sensitivity": (), "recover": "recalibrated"}

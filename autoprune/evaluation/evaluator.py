@@ -181,13 +181,14 @@ class Arm:
         deadline: Value of `time.monotonic()` after which nothing new is evaluated, or None.
 
     Attributes:
+        name: As given by `arm`.
         candidates: Policy id → candidate, of those whose results were taken.
         stopped: Why the arm ended before its limit, or None.
     """
 
     def __init__(self, evaluator: Evaluator, arm: str, agent: str, limit: int, deadline: float | None = None) -> None:
         self._evaluator = evaluator
-        self._arm, self._agent = arm, agent
+        self.name, self._agent = arm, agent
         self._deadline = deadline
         self._repeats = 0
         self._proposed: dict[str, Result] = {}
@@ -213,7 +214,7 @@ class Arm:
         late = self._deadline is not None and time.monotonic() >= self._deadline
         if late and self._evaluator.ledger.get(policy_id) is None:
             self._end(TIME_LIMIT)
-        self._proposed[policy_id] = self._evaluator.submit(policy, arm=self._arm, agent=self._agent)
+        self._proposed[policy_id] = self._evaluator.submit(policy, arm=self.name, agent=self._agent)
         self._repeats = 0
         return partial(self._result, policy_id)
 
