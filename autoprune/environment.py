@@ -27,6 +27,8 @@ from autoprune.errors import ConfigError
 from autoprune.evaluation import Candidate, Result
 from autoprune.inputs import call, first_sample
 from autoprune.policy import Policy
+from autoprune.scoring import Scores
+from autoprune.sensitivity import SensitivityReport
 from autoprune.structure import Structure
 
 __all__ = ["LayerFacts", "Observation", "PruningEnv", "Space", "layer_facts"]
@@ -210,6 +212,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         layers: Facts of the groups' layers; missing ones are zero in the observation.
         slopes: Accuracy lost by sparsity, of each group; missing or negative ones are zero in the observation.
         predicted: What moments predict of policies, for agents that use it.
+        measured: What the groups lose one by one, for agents that use it.
+        scores: How much every element matters (see `autoprune.scoring`), for agents that use it.
         worst: Value of a candidate that failed.
 
     Raises:
@@ -231,6 +235,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         layers: Mapping[str, LayerFacts] = MappingProxyType({}),
         slopes: Mapping[str, float] = MappingProxyType({}),
         predicted: Analytic | None = None,
+        measured: SensitivityReport | None = None,
+        scores: Scores = MappingProxyType({}),
         worst: float = 0.0,
     ) -> None:
         if not len(feasible.structure):
@@ -241,6 +247,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self.at_once = at_once
         self.warm_starts = tuple(warm_starts)
         self.predicted = predicted
+        self.measured = measured
+        self.scores = scores
         self.worst = worst
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.observation_space = spaces.Box(0.0, 1.0, (len(Observation._fields),), np.float32)

@@ -17,7 +17,7 @@ from autoprune.errors import TaskError, UncountedOperatorWarning
 from autoprune.evaluation import Choice, Evaluator, Executor, Ledger, Pipeline, Workbench
 from autoprune.moments import Moments, influences, readers_of
 from autoprune.run import RunFolder, write_json
-from autoprune.scoring import Evidence, removal_orders
+from autoprune.scoring import Evidence, Scores, removal_orders
 from autoprune.seeds import derive
 from autoprune.settings import SearchSettings
 from autoprune.structure import Structure
@@ -40,6 +40,7 @@ class Prepared:
         feasible: The policies that meet the budget within the user's bounds.
         bench: The network and its data.
         evidence: What criteria may look at.
+        scores: How much every element matters.
     """
 
     task: Task
@@ -49,6 +50,7 @@ class Prepared:
     feasible: FeasibleSet
     bench: Workbench
     evidence: Evidence
+    scores: Scores
 
     def analytic(self) -> Analytic:
         """Return what moments predict of any policy."""
@@ -120,7 +122,7 @@ def prepare(task: Task, settings: SearchSettings, folder: RunFolder | None = Non
     )
     if folder is not None and not chosen:
         write_json(folder.precision, bench.choice.to_dict())
-    return Prepared(task, settings, structure, costs, feasible, bench, evidence)
+    return Prepared(task, settings, structure, costs, feasible, bench, evidence, scores)
 
 
 def _moments(

@@ -21,6 +21,7 @@ FAMILIES = MappingProxyType(
                 "analytic": "autoprune.agents.analytic:AnalyticAgent",
                 "nsga2": "autoprune.agents.optuna:NSGA2Agent",
                 "random": "autoprune.agents.random:RandomAgent",
+                "separable": "autoprune.agents.separable:SeparableAgent",
                 "tpe": "autoprune.agents.optuna:TPEAgent",
                 "uniform": "autoprune.agents.uniform:UniformAgent",
             }

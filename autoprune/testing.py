@@ -34,8 +34,10 @@ from autoprune.environment import PruningEnv, layer_facts
 from autoprune.errors import ConfigError, SearchOver
 from autoprune.evaluation import Candidate, Executor, Measurement, Outcome, Result
 from autoprune.policy import Policy
+from autoprune.scoring import Scores
 from autoprune.search_spaces.base import SearchSpace
 from autoprune.search_spaces.per_group import PerGroup
+from autoprune.sensitivity import SPARSITIES, Cell, GroupSensitivity, SensitivityReport
 from autoprune.structure import Group, Slice, Structure
 
 __all__ = [
@@ -191,6 +193,31 @@ class SyntheticEvaluator:
         }
         return Analytic(structure, counts, losses)
 
+    def measured(self) -> SensitivityReport:
+        """Return what the analyzer would measure: each group's own loss, nine cells a group, and no interactions."""
+        rows = []
+        for group, weight, power in zip(self._feasible.structure, self.weights, self.powers, strict=True):
+            counts = sorted({group.count(sparsity) for sparsity in SPARSITIES} - {0})
+            losses = [float(weight * (count / group.size) ** power) for count in counts]
+            cells = [
+                Cell(count / group.size, count, 1 - loss, 0.0, loss, 0.0, 0.0, loss)
+                for count, loss in zip(counts, losses, strict=True)
+            ]
+            share = self._feasible.costs.macs_share(group.name)
+            rows.append(
+                GroupSensitivity(group.name, group.kind, group.size, group.layers, True, None, share, tuple(cells))
+            )
+        return SensitivityReport({}, {}, Measurement("dense", 1.0, 0.0, 0.0, 0.0), tuple(rows))
+
+    def scores(self) -> Scores:
+        """Return what a criterion might say: by how much each element adds to its group's loss, off by a factor."""
+        errors = np.exp(np.random.default_rng(len(self.weights)).normal(0, 0.5, len(self.weights)))
+        scores = {}
+        for group, weight, power in zip(self._feasible.structure, self.weights * errors, self.powers, strict=True):
+            losses = weight * (np.arange(group.size + 1) / group.size) ** power
+            scores[group.name] = torch.from_numpy(np.diff(losses))
+        return scores
+
     def optimum(self) -> Policy:
         """Return the best feasible policy, from trying all: for two or three small groups.
 
@@ -270,6 +297,8 @@ def synthetic_env(
         evaluations=evaluations,
         layers=layers,
         predicted=evaluator.predicted(),
+        measured=evaluator.measured(),
+        scores=evaluator.scores(),
     )
     return env, evaluator
 
@@ -361,9 +390,11 @@ class AgentContract:
 
     Attributes:
         deterministic: Whether the agent draws nothing at random, so that the seed makes no difference.
+        brief: Whether the agent has few policies to propose, and returns before the evaluations are spent.
     """
 
     deterministic: ClassVar[bool] = False
+    brief: ClassVar[bool] = False
 
     def test_every_setting_has_a_default(self, agent: Agent) -> None:
         """The registry makes agents without arguments."""
@@ -383,9 +414,7 @@ class AgentContract:
 
     def test_policies_are_distinct(self, agent: Agent) -> None:
         """Most evaluations bring something new."""
-        policies = _sequence(agent, _EVALUATIONS)
-        assert len(set(policies)) > _EVALUATIONS / 2, f"only {len(set(policies))} of {_EVALUATIONS} evaluations used"
-        assert len(set(policies)) > len(policies) / 2, f"{len(policies)} policies, of which {len(set(policies))} differ"
+        self._check_distinct(_sequence(agent, _EVALUATIONS))
 
     def test_same_seed_gives_same_policies(self, agent: Agent) -> None:
         """A search is resumed by running its agent again."""
@@ -436,14 +465,13 @@ class AgentContract:
                 return candidate
             return dataclasses.replace(candidate, measurements=(), failure="the loss is not finite")
 
-        assert len(set(_sequence(agent, _EVALUATIONS, change=failing))) > _EVALUATIONS / 2
+        self._check_distinct(_sequence(agent, _EVALUATIONS, change=failing))
 
     def test_several_may_be_under_way(self, agent: Agent) -> None:
         """With results that come later, the same seed gives the same policies too, most of them distinct."""
         policies = _sequence(agent, _EVALUATIONS, seed=3, at_once=4)
         assert policies == _sequence(agent, _EVALUATIONS, seed=3, at_once=4)
-        assert len(set(policies)) > _EVALUATIONS / 2, f"only {len(set(policies))} of {_EVALUATIONS} evaluations used"
-        assert len(set(policies)) > len(policies) / 2, f"{len(policies)} policies, of which {len(set(policies))} differ"
+        self._check_distinct(policies)
 
     def test_few_evaluations_are_enough(self, agent: Agent) -> None:
         """However few there are to plan for, at least one is used."""
@@ -454,6 +482,12 @@ class AgentContract:
     def test_one_group_is_enough(self, agent: Agent) -> None:
         """A network may have a single group."""
         assert _sequence(agent, 4, widths=(8,))
+
+    def _check_distinct(self, policies: Sequence[Policy]) -> None:
+        used = len(set(policies))
+        if not self.brief:
+            assert used > _EVALUATIONS / 2, f"only {used} of {_EVALUATIONS} evaluations used"
+        assert used > len(policies) / 2, f"{len(policies)} policies, of which {used} differ"
 
 
 _WIDTHS = (8, 8, 16, 16)
@@ -509,6 +543,8 @@ def _sequence(
         evaluations=evaluations,
         at_once=at_once,
         predicted=synthetic.predicted,
+        measured=synthetic.measured,
+        scores=synthetic.scores,
     )
     try:
         run_agent(agent, env, seed=seed)
