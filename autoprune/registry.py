@@ -22,6 +22,7 @@ FAMILIES = MappingProxyType(
                 "nsga2": "autoprune.agents.optuna:NSGA2Agent",
                 "random": "autoprune.agents.random:RandomAgent",
                 "separable": "autoprune.agents.separable:SeparableAgent",
+                "spdy": "autoprune.agents.spdy:SPDYAgent",
                 "tpe": "autoprune.agents.optuna:TPEAgent",
                 "uniform": "autoprune.agents.uniform:UniformAgent",
             }
