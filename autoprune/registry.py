@@ -24,6 +24,7 @@ FAMILIES = MappingProxyType(
                 "random": "autoprune.agents.random:RandomAgent",
                 "separable": "autoprune.agents.separable:SeparableAgent",
                 "spdy": "autoprune.agents.spdy:SPDYAgent",
+                "threshold": "autoprune.agents.threshold:ThresholdAgent",
                 "tpe": "autoprune.agents.optuna:TPEAgent",
                 "uniform": "autoprune.agents.uniform:UniformAgent",
             }
