@@ -20,6 +20,7 @@ FAMILIES = MappingProxyType(
                 "amc": "autoprune.agents.amc:AMCAgent",
                 "analytic": "autoprune.agents.analytic:AnalyticAgent",
                 "evolution": "autoprune.agents.evolution:EvolutionAgent",
+                "global": "autoprune.agents.global_ranking:GlobalRankingAgent",
                 "greedy": "autoprune.agents.greedy:GreedyAgent",
                 "nsga2": "autoprune.agents.optuna:NSGA2Agent",
                 "random": "autoprune.agents.random:RandomAgent",
