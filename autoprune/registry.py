@@ -22,6 +22,7 @@ FAMILIES = MappingProxyType(
                 "evolution": "autoprune.agents.evolution:EvolutionAgent",
                 "global": "autoprune.agents.global_ranking:GlobalRankingAgent",
                 "greedy": "autoprune.agents.greedy:GreedyAgent",
+                "legr": "autoprune.agents.legr:LeGRAgent",
                 "nsga2": "autoprune.agents.optuna:NSGA2Agent",
                 "random": "autoprune.agents.random:RandomAgent",
                 "separable": "autoprune.agents.separable:SeparableAgent",
