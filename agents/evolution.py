@@ -15,7 +15,7 @@ from autoprune.policy import Policy
 
 __all__ = ["EvolutionAgent", "switched"]
 
-_TRIES = 50  # switches in a row that lead to policies known already, before there is nothing left to find
+_TRIES = 50  # switches in a row that lead to policies known already, before the next best is bred from
 _SPREAD = 0.1  # standard deviation of a change of the budget's share, where it is free
 
 
@@ -39,7 +39,7 @@ class EvolutionAgent:
 
     Args:
         offspring: Policies of a generation.
-        survivors: How many of the best are bred from.
+        survivors: How many of the best are bred from; others only where these have nothing new to offer.
         step: Largest share of a group's range that one switch moves it.
 
     Raises:
@@ -57,7 +57,7 @@ class EvolutionAgent:
         self.step = step
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
-        """Search until the evaluations are spent, or no switch leads to a new policy."""
+        """Search until the evaluations are spent, or no switch of any policy leads to a new one."""
         rng = np.random.default_rng(seed)
         free = spend_is_free(env)
         fitness: list[tuple[float, Removed]] = []  # in the order of evaluation
@@ -86,10 +86,12 @@ class EvolutionAgent:
 
         def bred() -> Iterator[tuple[Removed, Result]]:
             while True:
-                parents = [removed for _, removed in sorted(fitness, key=lambda one: -one[0])[: self.survivors]]
+                ranked = [removed for _, removed in sorted(fitness, key=lambda one: -one[0])]
+                parents = ranked[: self.survivors]
                 for number in range(self.offspring):
-                    parent = parents[number % len(parents)]
-                    removed = child(parent)
+                    first = number % len(parents)
+                    turn = [*parents[first:], *parents[:first], *ranked[self.survivors :]]
+                    removed = next((found for found in map(child, turn) if found is not None), None)
                     if removed is None:
                         return
                     yield begun(removed)

@@ -19,7 +19,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol, final
 
 import numpy as np
@@ -102,13 +102,19 @@ class TinyResNet(nn.Module):
         return scores
 
 
-def chain(widths: Sequence[int], budget: str = "macs<=50%", max_sparsity: float = 0.9) -> FeasibleSet:
+def chain(
+    widths: Sequence[int],
+    budget: str = "macs<=50%",
+    max_sparsity: float = 0.9,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+) -> FeasibleSet:
     """Return the feasible policies of a plain chain of 3x3 convolutions on 8x8 images, made without tracing it.
 
     Args:
         widths: Channels of each convolution; each is a group, `conv1`, `conv2`, ...
         budget: Limits as the user writes them.
-        max_sparsity: Highest sparsity of every group.
+        max_sparsity: Highest sparsity of the groups without bounds of their own.
+        bounds: Lowest and highest sparsity of single groups.
     """
     model = _chain_model(widths)
     names = [f"conv{number + 1}" for number in range(len(widths))]
@@ -123,7 +129,7 @@ def chain(widths: Sequence[int], budget: str = "macs<=50%", max_sparsity: float 
         groups.append(Group(name, "channels", width, slices, (name,), (reader,)))
     structure = Structure(tuple(groups))
     costs = CostModel(model, torch.zeros(1, 3, 8, 8), structure)
-    return FeasibleSet.build(structure, costs, Budget.parse(budget), max_sparsity=max_sparsity)
+    return FeasibleSet.build(structure, costs, Budget.parse(budget), bounds, max_sparsity)
 
 
 def _chain_model(widths: Sequence[int]) -> nn.Sequential:
@@ -275,7 +281,12 @@ class SyntheticEvaluator:
 
 
 def synthetic_env(
-    *, evaluations: int, objectives: Objectives = "one", seed: int = 0, widths: Sequence[int] = (8, 8, 16, 16)
+    *,
+    evaluations: int,
+    objectives: Objectives = "one",
+    seed: int = 0,
+    widths: Sequence[int] = (8, 8, 16, 16),
+    bounds: Mapping[str, tuple[float, float]] | None = None,
 ) -> tuple[PruningEnv, SyntheticEvaluator]:
     """Return an environment over a chain of convolutions, at half its MACs, with its evaluator.
 
@@ -284,8 +295,9 @@ def synthetic_env(
         objectives: The agent's; with "several" the space has a dimension for the share of the budget.
         seed: Of the evaluator's formula.
         widths: Of the chain.
+        bounds: Lowest and highest sparsity of single groups.
     """
-    feasible = chain(widths)
+    feasible = chain(widths, bounds=bounds)
     evaluator = SyntheticEvaluator(feasible, evaluations=evaluations, seed=seed)
     space = PerGroup(feasible, spend=(1.0, 1.0) if objectives == "one" else (0.0, 1.0))
     layers = layer_facts(_chain_model(widths), torch.zeros(1, 3, 8, 8), feasible.structure)
@@ -483,6 +495,14 @@ class AgentContract:
         """A network may have a single group."""
         assert _sequence(agent, 4, widths=(8,))
 
+    def test_bounds_of_single_groups_hold(self, agent: Agent) -> None:
+        """A group may be locked, or all of them."""
+        for policy in _sequence(agent, 4, bounds={"conv2": (0.25, 0.25), "conv3": (0.25, 0.75)}):
+            assert policy["conv2"] == 0.25, f"conv2 is locked: {policy}"
+            assert 0.25 <= policy["conv3"] <= 0.75, f"out of bounds: {policy}"
+        locked = dict.fromkeys(("conv1", "conv2"), (0.5, 0.5))
+        assert set(_sequence(agent, 4, widths=(8, 8), bounds=locked)) == {Policy(dict.fromkeys(locked, 0.5))}
+
     def _check_distinct(self, policies: Sequence[Policy]) -> None:
         used = len(set(policies))
         if not self.brief:
@@ -504,6 +524,7 @@ def _sequence(
     *,
     seed: int = 0,
     widths: Sequence[int] = _WIDTHS,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
     at_once: int = 1,
     change: Callable[[Candidate], Candidate] = lambda candidate: candidate,
 ) -> list[Policy]:
@@ -512,7 +533,9 @@ def _sequence(
     Raises:
         AssertionError: The agent went on after `SearchOver`.
     """
-    synthetic, evaluator = synthetic_env(evaluations=evaluations, objectives=agent.objectives, widths=widths)
+    synthetic, evaluator = synthetic_env(
+        evaluations=evaluations, objectives=agent.objectives, widths=widths, bounds=bounds
+    )
     policies: list[Policy] = []
     over = False
 

@@ -559,7 +559,7 @@ class OutOfTurn:
         self.under_way.clear()
 
 
-@pytest.mark.parametrize("agent", ["tpe", "nsga2", "amc", "analytic", "random"])
+@pytest.mark.parametrize("agent", ["tpe", "nsga2", "amc", "analytic", "evolution", "legr", "random"])
 def test_with_several_under_way_it_is_the_same_search_whoever_is_faster_and_wherever_it_is_killed(
     agent: str, tmp_path: Path, light: None
 ) -> None:
