@@ -33,12 +33,20 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Literal, Protocol, TypeVar
 
-from autoprune.environment import PruningEnv
-from autoprune.evaluation import Candidate, Result
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["Agent", "Objectives", "in_turn"]
+from autoprune.cost import FeasibleSet
+from autoprune.environment import PruningEnv
+from autoprune.errors import ConfigError
+from autoprune.evaluation import Candidate, Result
+from autoprune.scoring import ascending
+from autoprune.sensitivity import SensitivityReport
+
+__all__ = ["Agent", "Objectives", "budgets", "in_turn", "limited", "measured_by", "plane", "scores_of", "spend_is_free"]
 
 T = TypeVar("T")
+_SLACK = 1e-9  # share of the budget; less than any element costs, more than rounding errors
 Objectives = Literal["one", "several"]
 """Whether an agent makes the best of the whole budget, or trades accuracy for cost below it as well."""
 
@@ -88,3 +96,88 @@ def in_turn(env: PruningEnv, begun: Iterable[tuple[T, Result]]) -> Iterator[tupl
             yield remembered, result()
     for remembered, result in under_way:
         yield remembered, result()
+
+
+def spend_is_free(env: PruningEnv) -> bool:
+    """Say whether policies may use less than the whole budget, as where a drop of accuracy is tolerated."""
+    return "spend" in env.space.dimensions[-1:]
+
+
+def limited(env: PruningEnv, share: float) -> FeasibleSet:
+    """Return the policies that use a share of the budget at most.
+
+    Args:
+        env: What is searched.
+        share: From 0, the smallest network that can be reached, to 1, the whole budget; what is outside is moved there.
+    """
+    smallest = env.feasible.utilisation(env.feasible.upper)
+    return env.feasible.limited(min(1.0, smallest + max(0.0, share) * (1 - smallest) + _SLACK))
+
+
+def budgets(env: PruningEnv) -> Iterator[FeasibleSet]:
+    """Yield what an agent that solves a budget, rather than search, is to solve: one set of policies an evaluation.
+
+    That is the whole budget; where its share is free, as many evenly smaller ones as there are evaluations.
+
+    Args:
+        env: What is searched.
+    """
+    if not spend_is_free(env):
+        yield env.feasible
+        return
+    for share in np.linspace(1.0, 0.0, env.evaluations):
+        yield limited(env, float(share))
+
+
+def measured_by(env: PruningEnv) -> SensitivityReport:
+    """Return what the analyzer measured.
+
+    Args:
+        env: What is searched.
+
+    Raises:
+        ConfigError: It measured nothing.
+    """
+    if env.measured is None or len(env.measured.missing(env.feasible.structure)) == len(env.feasible.structure):
+        raise ConfigError(
+            "this agent goes by the groups' sensitivity, and none was measured; measure some, or use another"
+        )
+    return env.measured
+
+
+def scores_of(env: PruningEnv) -> list[npt.NDArray[np.float64]]:
+    """Return how much the elements of each group matter, in the order in which they go (see `scoring.ascending`).
+
+    Args:
+        env: What is searched.
+
+    Returns:
+        `(size,)` for each group, in the structure's order.
+
+    Raises:
+        ConfigError: A group was not scored.
+    """
+    missing = [name for name in env.feasible.structure.names if name not in env.scores]
+    if missing:
+        raise ConfigError(f"this agent ranks elements by their scores, but group '{missing[0]}' has none; use another")
+    return [ascending(group, env.scores[group.name]) for group in env.feasible.structure]
+
+
+def plane(evaluations: int) -> Iterator[tuple[float, float]]:
+    """Yield points of the unit square, the first of them (0, 0), spread evenly however many are taken (Halton's).
+
+    Args:
+        evaluations: There are four times as many points, of which an agent leaves out those that bring nothing new.
+    """
+    for number in range(4 * evaluations):
+        yield _mirrored(number, 2), _mirrored(number, 3)
+
+
+def _mirrored(number: int, base: int) -> float:
+    """Return a number with its digits mirrored at the point: 0, 1/2, 1/4, 3/4, 1/8, ... in base 2."""
+    result, digit = 0.0, 1.0
+    while number:
+        digit /= base
+        number, rest = divmod(number, base)
+        result += digit * rest
+    return result

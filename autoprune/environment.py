@@ -28,6 +28,8 @@ from autoprune.errors import ConfigError, SearchOver
 from autoprune.evaluation import Candidate, Result
 from autoprune.inputs import call, first_sample
 from autoprune.policy import Policy
+from autoprune.scoring import Scores
+from autoprune.sensitivity import SensitivityReport
 from autoprune.structure import Structure
 
 __all__ = ["ORDERS", "LayerFacts", "Observation", "PruningEnv", "Space", "layer_facts"]
@@ -220,6 +222,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         layers: Facts of the groups' layers; missing ones are zero in the observation.
         slopes: Accuracy lost by sparsity, of each group; missing or negative ones are zero in the observation.
         predicted: What moments predict of policies, for agents that use it.
+        measured: What the groups lose one by one, for agents that use it.
+        scores: How much every element matters (see `autoprune.scoring`), for agents that use it.
         worst: Value of a candidate that failed.
         name: Tells the search from others that work on the same, and stays when it goes on.
         known: Policies that the search itself proposed before its process ended, in their order; none but where it
@@ -244,6 +248,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         layers: Mapping[str, LayerFacts] = MappingProxyType({}),
         slopes: Mapping[str, float] = MappingProxyType({}),
         predicted: Analytic | None = None,
+        measured: SensitivityReport | None = None,
+        scores: Scores = MappingProxyType({}),
         worst: float = 0.0,
         name: str = "",
         known: Sequence[Policy] = (),
@@ -256,6 +262,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self.at_once = at_once
         self.warm_starts = tuple(warm_starts)
         self.predicted = predicted
+        self.measured = measured
+        self.scores = scores
         self.worst = worst
         self.name = name
         self.known = tuple(known)

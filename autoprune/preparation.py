@@ -25,7 +25,7 @@ from autoprune.finetuning import SharedWeights, recalibrate, train_shared
 from autoprune.moments import Moments, influences, readers_of
 from autoprune.progress import Progress, Silent
 from autoprune.run import RunFolder, write_json
-from autoprune.scoring import Evidence, Orders, removal_orders, removals
+from autoprune.scoring import Evidence, Orders, Scores, removal_orders, removals
 from autoprune.seeds import derive
 from autoprune.settings import SearchSettings
 from autoprune.structure import Structure, plan
@@ -56,6 +56,7 @@ class Prepared:
             candidates are cut from, with shared weights where there are any: a prediction says what happens to its
             layers when elements of it go, and sensitivity cells and candidates lose just those. The criterion saw the
             moments of the network's own weights, since the order of removal is settled before anything is trained.
+        scores: How much every element matters, to the criterion.
     """
 
     task: Task
@@ -65,6 +66,7 @@ class Prepared:
     feasible: FeasibleSet
     bench: Workbench
     evidence: Evidence
+    scores: Scores
 
     def analytic(self) -> Analytic:
         """Return what moments predict of any policy."""
@@ -149,7 +151,7 @@ def prepare(
         settings.race,
         weights,
     )
-    return Prepared(task, settings, structure, costs, feasible, bench, seen)
+    return Prepared(task, settings, structure, costs, feasible, bench, seen, scores)
 
 
 def _choice(task: Task, settings: SearchSettings, folder: RunFolder | None) -> Choice:

@@ -23,7 +23,7 @@ import numpy as np
 
 from autoprune import registry
 from autoprune.analytic import Analytic
-from autoprune.cost import Budget, FeasibleSet, Limit, compare
+from autoprune.cost import FeasibleSet, compare
 from autoprune.errors import (
     ConfigError,
     DivergedError,
@@ -516,6 +516,8 @@ class _Search:
             layers=layer_facts(self.prepared.task.model, self.prepared.task.example_input, structure),
             slopes=slopes,
             predicted=predicted,
+            measured=sensitivity,
+            scores=self.prepared.scores,
             worst=self._worst,
             name=self.folder.read(self.folder.config).get("name", ""),
             known=[candidate.policy for candidate in self.evaluator.ledger if candidate.arm == arm.name],
@@ -527,9 +529,7 @@ class _Search:
         """Return what the curves suggest, and uniform, at a share of the budget; nothing where it can't be reached."""
         if sensitivity is None and predicted is None:
             return []
-        limits = feasible.budget.limits or (Limit("macs", 1.0, relative=True),)
-        less = Budget(tuple(dataclasses.replace(limit, value=share * limit.value) for limit in limits))
-        within = dataclasses.replace(feasible, budget=less)
+        within = feasible.limited(share)
         if within.utilisation(within.upper) > 1:
             return []
         starts = [] if predicted is None else [predicted.allocate(within)]

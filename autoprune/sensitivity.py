@@ -242,13 +242,25 @@ class SensitivityReport:
             result[group.name] = (0.0, float(min(max_sparsity, max(grid[0], fits[-1]))))
         return result
 
+    def missing(self, structure: Structure) -> tuple[str, ...]:
+        """Return the groups of which nothing was measured, whose curves make no claim."""
+        return tuple(group.name for group in structure if len(self.curve(group.name).removed) == 1)
+
     def allocate(self, feasible: FeasibleSet) -> Policy:
-        """Return the policy of least predicted loss (see `autoprune.separable.allocate`)."""
-        return separable.allocate(feasible, self._losses(feasible))
+        """Return the policy of least predicted loss (see `autoprune.separable.allocate`).
+
+        Groups of which nothing was measured stay whole, if the budget can be met without them.
+        """
+        whole = feasible.without(self.missing(feasible.structure))
+        return separable.allocate(whole, self._losses(feasible))
 
     def threshold(self, feasible: FeasibleSet) -> Policy:
-        """Return the policy of equal predicted losses (see `autoprune.separable.threshold`)."""
-        return separable.threshold(feasible, self._losses(feasible))
+        """Return the policy of equal predicted losses (see `autoprune.separable.threshold`).
+
+        Groups of which nothing was measured stay whole, if the budget can be met without them.
+        """
+        whole = feasible.without(self.missing(feasible.structure))
+        return separable.threshold(whole, self._losses(feasible))
 
     def _losses(self, feasible: FeasibleSet) -> list[separable.Loss]:
         return [self.curve(group.name).loss_at for group in feasible.structure]

@@ -9,7 +9,9 @@ import numpy.typing as npt
 from autoprune.cost import FeasibleSet, Removed
 from autoprune.policy import Policy
 
-__all__ = ["Loss", "allocate", "hull", "threshold"]
+__all__ = ["Loss", "allocate", "hull", "ranking", "threshold"]
+
+_HALVINGS = 60  # of an interval: what is left is less than the difference between two scores
 
 Loss = Callable[[float], float]
 """A group's loss by the number of elements removed; never falling."""
@@ -82,6 +84,30 @@ def threshold(feasible: FeasibleSet, losses: Sequence[Loss]) -> Policy:
         middle = (low + high) / 2
         low, high = (middle, high) if feasible.utilisation(within(middle)) > 1 else (low, middle)
     return feasible.policy(feasible.project(within(high) / feasible.sizes))
+
+
+def ranking(feasible: FeasibleSet, scores: Sequence[npt.NDArray[np.float64]]) -> Policy:
+    """Return the policy that removes the elements of the lowest scores of all groups, to just meet a budget.
+
+    One threshold on the scores, found by bisection; ties go together. Where that saves more than it must, all groups
+    move back by the same fraction (`FeasibleSet.project`).
+
+    Args:
+        feasible: The budget and the bounds.
+        scores: `(size,)` for each group, in the structure's order; of its elements in the order in which they go, never
+            falling. They are compared between groups.
+    """
+
+    def below(level: float) -> Removed:
+        return feasible.settled(np.array([np.searchsorted(score, level, side="right") for score in scores]) * 1.0)
+
+    finite = np.concatenate([score[np.isfinite(score)] for score in scores])
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+    low -= 1.0 + abs(low)  # below all
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if feasible.utilisation(below(middle)) > 1 else (low, middle)
+    return feasible.policy(feasible.project(below(high) / feasible.sizes))
 
 
 def hull(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> list[int]:

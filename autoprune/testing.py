@@ -19,7 +19,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol, final
 
 import numpy as np
@@ -34,8 +34,10 @@ from autoprune.environment import PruningEnv, layer_facts
 from autoprune.errors import ConfigError, SearchOver
 from autoprune.evaluation import Candidate, Executor, Measurement, Outcome, Result
 from autoprune.policy import Policy
+from autoprune.scoring import Scores
 from autoprune.search_spaces.base import SearchSpace
 from autoprune.search_spaces.per_group import PerGroup
+from autoprune.sensitivity import SPARSITIES, Cell, GroupSensitivity, SensitivityReport
 from autoprune.structure import Group, Slice, Structure
 
 __all__ = [
@@ -100,13 +102,19 @@ class TinyResNet(nn.Module):
         return scores
 
 
-def chain(widths: Sequence[int], budget: str = "macs<=50%", max_sparsity: float = 0.9) -> FeasibleSet:
+def chain(
+    widths: Sequence[int],
+    budget: str = "macs<=50%",
+    max_sparsity: float = 0.9,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+) -> FeasibleSet:
     """Return the feasible policies of a plain chain of 3x3 convolutions on 8x8 images, made without tracing it.
 
     Args:
         widths: Channels of each convolution; each is a group, `conv1`, `conv2`, ...
         budget: Limits as the user writes them.
-        max_sparsity: Highest sparsity of every group.
+        max_sparsity: Highest sparsity of the groups without bounds of their own.
+        bounds: Lowest and highest sparsity of single groups.
     """
     model = _chain_model(widths)
     names = [f"conv{number + 1}" for number in range(len(widths))]
@@ -121,7 +129,7 @@ def chain(widths: Sequence[int], budget: str = "macs<=50%", max_sparsity: float 
         groups.append(Group(name, "channels", width, slices, (name,), (reader,)))
     structure = Structure(tuple(groups))
     costs = CostModel(model, torch.zeros(1, 3, 8, 8), structure)
-    return FeasibleSet.build(structure, costs, Budget.parse(budget), max_sparsity=max_sparsity)
+    return FeasibleSet.build(structure, costs, Budget.parse(budget), bounds, max_sparsity)
 
 
 def _chain_model(widths: Sequence[int]) -> nn.Sequential:
@@ -191,6 +199,31 @@ class SyntheticEvaluator:
         }
         return Analytic(structure, counts, losses)
 
+    def measured(self) -> SensitivityReport:
+        """Return what the analyzer would measure: each group's own loss, nine cells a group, and no interactions."""
+        rows = []
+        for group, weight, power in zip(self._feasible.structure, self.weights, self.powers, strict=True):
+            counts = sorted({group.count(sparsity) for sparsity in SPARSITIES} - {0})
+            losses = [float(weight * (count / group.size) ** power) for count in counts]
+            cells = [
+                Cell(count / group.size, count, 1 - loss, 0.0, loss, 0.0, 0.0, loss)
+                for count, loss in zip(counts, losses, strict=True)
+            ]
+            share = self._feasible.costs.macs_share(group.name)
+            rows.append(
+                GroupSensitivity(group.name, group.kind, group.size, group.layers, True, None, share, tuple(cells))
+            )
+        return SensitivityReport({}, {}, Measurement("dense", 1.0, 0.0, 0.0, 0.0), tuple(rows))
+
+    def scores(self) -> Scores:
+        """Return what a criterion might say: by how much each element adds to its group's loss, off by a factor."""
+        errors = np.exp(np.random.default_rng(len(self.weights)).normal(0, 0.5, len(self.weights)))
+        scores = {}
+        for group, weight, power in zip(self._feasible.structure, self.weights * errors, self.powers, strict=True):
+            losses = weight * (np.arange(group.size + 1) / group.size) ** power
+            scores[group.name] = torch.from_numpy(np.diff(losses))
+        return scores
+
     def optimum(self) -> Policy:
         """Return the best feasible policy, from trying all: for two or three small groups.
 
@@ -248,7 +281,12 @@ class SyntheticEvaluator:
 
 
 def synthetic_env(
-    *, evaluations: int, objectives: Objectives = "one", seed: int = 0, widths: Sequence[int] = (8, 8, 16, 16)
+    *,
+    evaluations: int,
+    objectives: Objectives = "one",
+    seed: int = 0,
+    widths: Sequence[int] = (8, 8, 16, 16),
+    bounds: Mapping[str, tuple[float, float]] | None = None,
 ) -> tuple[PruningEnv, SyntheticEvaluator]:
     """Return an environment over a chain of convolutions, at half its MACs, with its evaluator.
 
@@ -257,8 +295,9 @@ def synthetic_env(
         objectives: The agent's; with "several" the space has a dimension for the share of the budget.
         seed: Of the evaluator's formula.
         widths: Of the chain.
+        bounds: Lowest and highest sparsity of single groups.
     """
-    feasible = chain(widths)
+    feasible = chain(widths, bounds=bounds)
     evaluator = SyntheticEvaluator(feasible, evaluations=evaluations, seed=seed)
     space = PerGroup(feasible, spend=(1.0, 1.0) if objectives == "one" else (0.0, 1.0))
     layers = layer_facts(_chain_model(widths), torch.zeros(1, 3, 8, 8), feasible.structure)
@@ -270,6 +309,8 @@ def synthetic_env(
         evaluations=evaluations,
         layers=layers,
         predicted=evaluator.predicted(),
+        measured=evaluator.measured(),
+        scores=evaluator.scores(),
     )
     return env, evaluator
 
@@ -361,9 +402,11 @@ class AgentContract:
 
     Attributes:
         deterministic: Whether the agent draws nothing at random, so that the seed makes no difference.
+        brief: Whether the agent has few policies to propose, and returns before the evaluations are spent.
     """
 
     deterministic: ClassVar[bool] = False
+    brief: ClassVar[bool] = False
 
     def test_every_setting_has_a_default(self, agent: Agent) -> None:
         """The registry makes agents without arguments."""
@@ -383,9 +426,7 @@ class AgentContract:
 
     def test_policies_are_distinct(self, agent: Agent) -> None:
         """Most evaluations bring something new."""
-        policies = _sequence(agent, _EVALUATIONS)
-        assert len(set(policies)) > _EVALUATIONS / 2, f"only {len(set(policies))} of {_EVALUATIONS} evaluations used"
-        assert len(set(policies)) > len(policies) / 2, f"{len(policies)} policies, of which {len(set(policies))} differ"
+        self._check_distinct(_sequence(agent, _EVALUATIONS))
 
     def test_same_seed_gives_same_policies(self, agent: Agent) -> None:
         """A search is resumed by running its agent again."""
@@ -436,14 +477,13 @@ class AgentContract:
                 return candidate
             return dataclasses.replace(candidate, measurements=(), failure="the loss is not finite")
 
-        assert len(set(_sequence(agent, _EVALUATIONS, change=failing))) > _EVALUATIONS / 2
+        self._check_distinct(_sequence(agent, _EVALUATIONS, change=failing))
 
     def test_several_may_be_under_way(self, agent: Agent) -> None:
         """With results that come later, the same seed gives the same policies too, most of them distinct."""
         policies = _sequence(agent, _EVALUATIONS, seed=3, at_once=4)
         assert policies == _sequence(agent, _EVALUATIONS, seed=3, at_once=4)
-        assert len(set(policies)) > _EVALUATIONS / 2, f"only {len(set(policies))} of {_EVALUATIONS} evaluations used"
-        assert len(set(policies)) > len(policies) / 2, f"{len(policies)} policies, of which {len(set(policies))} differ"
+        self._check_distinct(policies)
 
     def test_few_evaluations_are_enough(self, agent: Agent) -> None:
         """However few there are to plan for, at least one is used."""
@@ -454,6 +494,20 @@ class AgentContract:
     def test_one_group_is_enough(self, agent: Agent) -> None:
         """A network may have a single group."""
         assert _sequence(agent, 4, widths=(8,))
+
+    def test_bounds_of_single_groups_hold(self, agent: Agent) -> None:
+        """A group may be locked, or all of them."""
+        for policy in _sequence(agent, 4, bounds={"conv2": (0.25, 0.25), "conv3": (0.25, 0.75)}):
+            assert policy["conv2"] == 0.25, f"conv2 is locked: {policy}"
+            assert 0.25 <= policy["conv3"] <= 0.75, f"out of bounds: {policy}"
+        locked = dict.fromkeys(("conv1", "conv2"), (0.5, 0.5))
+        assert set(_sequence(agent, 4, widths=(8, 8), bounds=locked)) == {Policy(dict.fromkeys(locked, 0.5))}
+
+    def _check_distinct(self, policies: Sequence[Policy]) -> None:
+        used = len(set(policies))
+        if not self.brief:
+            assert used > _EVALUATIONS / 2, f"only {used} of {_EVALUATIONS} evaluations used"
+        assert used > len(policies) / 2, f"{len(policies)} policies, of which {used} differ"
 
 
 _WIDTHS = (8, 8, 16, 16)
@@ -470,6 +524,7 @@ def _sequence(
     *,
     seed: int = 0,
     widths: Sequence[int] = _WIDTHS,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
     at_once: int = 1,
     change: Callable[[Candidate], Candidate] = lambda candidate: candidate,
 ) -> list[Policy]:
@@ -478,7 +533,9 @@ def _sequence(
     Raises:
         AssertionError: The agent went on after `SearchOver`.
     """
-    synthetic, evaluator = synthetic_env(evaluations=evaluations, objectives=agent.objectives, widths=widths)
+    synthetic, evaluator = synthetic_env(
+        evaluations=evaluations, objectives=agent.objectives, widths=widths, bounds=bounds
+    )
     policies: list[Policy] = []
     over = False
 
@@ -509,6 +566,8 @@ def _sequence(
         evaluations=evaluations,
         at_once=at_once,
         predicted=synthetic.predicted,
+        measured=synthetic.measured,
+        scores=synthetic.scores,
     )
     try:
         run_agent(agent, env, seed=seed)

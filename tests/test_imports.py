@@ -66,7 +66,7 @@ LAYERS = {
     "result": f"{_EVALUATION} settings preparation sensitivity pareto report finaliser tracking",
     "search": _PARTS,
     "search_spaces": f"{_NETWORK} sensitivity",
-    "agents": f"{_NETWORK} evaluation separable analytic sensitivity environment search_spaces",
+    "agents": f"{_NETWORK} scoring evaluation separable analytic sensitivity environment search_spaces",
     "autoprune": f"{_PARTS} search",
     "testing": _ALL,
     "cli": _ALL,

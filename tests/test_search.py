@@ -562,7 +562,7 @@ class OutOfTurn:
         self.under_way.clear()
 
 
-@pytest.mark.parametrize("agent", ["tpe", "nsga2", "amc", "analytic", "random", "cmaes"])
+@pytest.mark.parametrize("agent", ["tpe", "nsga2", "amc", "analytic", "evolution", "legr", "random", "cmaes"])
 def test_with_several_under_way_it_is_the_same_search_whoever_is_faster_and_wherever_it_is_killed(
     agent: str, tmp_path: Path, light: None
 ) -> None:

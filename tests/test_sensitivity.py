@@ -547,6 +547,17 @@ def test_locked_groups_keep_their_bounds() -> None:
         assert policy["conv2"] >= 3 / 16
 
 
+def test_a_group_of_which_nothing_was_measured_stays_whole_if_the_budget_allows() -> None:
+    cells = {"conv1": [(n, 0.9, 0.2 + n) for n in range(1, 16)], "conv2": [], "conv3": [(8, 0.0, float("nan"))]}
+    report = synthetic(cells, dict.fromkeys(cells, 16))
+    feasible = chain([16, 16, 16], "macs<=80%")
+    assert report.missing(feasible.structure) == ("conv2", "conv3")
+    for policy in (report.allocate(feasible), report.threshold(feasible)):
+        assert policy["conv2"] == policy["conv3"] == 0.0
+    narrow = chain([16, 16, 16], "macs<=10%")
+    assert narrow.utilisation(narrow.removed(report.allocate(narrow))) <= 1
+
+
 def test_a_sensitive_group_is_spared() -> None:
     feasible = chain([16, 16], "macs<=50%")
     flat, steep = [(n, 0.9, 0.2 + n / 1000) for n in range(1, 16)], [(n, 0.5, 0.2 + n) for n in range(1, 16)]

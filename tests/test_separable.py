@@ -1,9 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoprune.separable import allocate, hull, threshold
+from autoprune.separable import allocate, hull, ranking, threshold
 from autoprune.testing import chain
 
 SIZES = (8, 16, 12)
@@ -48,6 +50,40 @@ class TestAllocate:
         removed = counts(feasible, allocate(feasible, convex((1.0, 0.0, 1.0))))
         assert removed[1] > 0
         assert removed[0] == removed[2] == 0
+
+
+class TestRanking:
+    @settings(deadline=None)
+    @given(st.integers(0, 1000), st.sampled_from([30, 50, 80]))
+    def test_the_lowest_of_all_go_one_after_another(self, seed, percent):
+        feasible = chain(SIZES, budget=f"macs<={percent}%", max_sparsity=0.99)
+        scores = [np.sort(np.random.default_rng(seed + size).normal(size=size)) for size in SIZES]
+        removed = np.zeros(3, dtype=np.int64)
+        for _, index in sorted((score, index) for index, one in enumerate(scores) for score in one[:-1]):
+            if feasible.utilisation(removed) <= 1:
+                break
+            removed[index] += 1
+        found = counts(feasible, ranking(feasible, scores))
+        assert feasible.utilisation(found) <= 1
+        assert set((removed - found).tolist()) <= {0, 1}  # the last one saved so much that another may come back
+
+    def test_ties_go_together_and_no_more_than_must(self):
+        feasible = chain(SIZES, budget="macs<=50%")
+        removed = counts(feasible, ranking(feasible, [np.ones(size) for size in SIZES]))
+        assert feasible.utilisation(removed) <= 1
+        assert feasible.utilisation(np.maximum(removed - 1, 0)) > 1
+
+    def test_what_must_never_go_is_infinite(self):
+        feasible = chain(SIZES, budget="macs<=80%")
+        scores = [np.full(8, np.inf), np.arange(16.0), np.arange(12.0)]
+        assert counts(feasible, ranking(feasible, scores))[0] == 0
+
+    def test_bounds_hold(self):
+        feasible = chain(SIZES, budget="macs<=50%")
+        narrow = dataclasses.replace(feasible, upper=np.array([2, 14, 10]), lower=np.array([1, 0, 3]))
+        removed = counts(narrow, ranking(narrow, [np.zeros(8), np.ones(16), np.full(12, 9.0)]))
+        assert np.all((removed >= narrow.lower) & (removed <= narrow.upper))
+        assert narrow.utilisation(removed) <= 1
 
 
 class TestThreshold:

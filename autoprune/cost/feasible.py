@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from autoprune.cost.budget import Budget
+from autoprune.cost.budget import Budget, Limit
 from autoprune.cost.count import Cost
 from autoprune.cost.formula import CostModel, Removed
 from autoprune.errors import ConfigError, InfeasibleBudgetError
@@ -211,6 +211,11 @@ class FeasibleSet:
         allowed = range(first, high + 1, multiple)
         place = bisect_left(allowed, True, key=fits)
         return (allowed[place] if place < len(allowed) else high), high
+
+    def limited(self, share: float) -> Self:
+        """Return the set under a share of the budget; it may be empty: see `utilisation` of the upper bounds."""
+        limits = self.budget.limits or (Limit("macs", 1.0, relative=True),)
+        return replace(self, budget=Budget(tuple(replace(limit, value=share * limit.value) for limit in limits)))
 
     def without(self, groups: Collection[str]) -> Self:
         """Return the set in which these groups lose as little as they may, if the budget can be met so; else this."""

@@ -4,13 +4,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from autoprune.moments import Moments, readers_of
 from autoprune.structure import Group, Removal, Slice, Structure, Weakest
+from autoprune.structure.masks import runs, tile_sums
 
-__all__ = ["Criterion", "Evidence", "Orders", "Scores", "per_element", "removal_orders", "removals", "sum_of_weights"]
+__all__ = [
+    "Criterion",
+    "Evidence",
+    "Orders",
+    "Scores",
+    "ascending",
+    "per_element",
+    "removal_orders",
+    "removals",
+    "sum_of_weights",
+]
 
 Scores = Mapping[str, torch.Tensor]
 """Group name → `(size,)` float, or of weights that are zeroed one float a weight, in their shape; higher means keep."""
@@ -109,3 +122,22 @@ def removals(structure: Structure, orders: Orders, removed: Mapping[str, int]) -
         weighs = structure[name].pattern is not None
         result[name] = Weakest(number, torch.as_tensor(order)) if weighs else order[:number]
     return result
+
+
+def ascending(group: Group, score: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Return the scores of a group's elements in the order in which they go.
+
+    Args:
+        group: One of the network's groups.
+        score: What a criterion says of it: `(size,)`, or of weights that are zeroed one number a weight.
+
+    Returns:
+        `(size,)`, never falling. Of tiles the sums of their weights'; of N:M patterns, where an element is one weight
+        of every run, the means over the runs.
+    """
+    score = score.detach().cpu()
+    if group.pattern is not None and group.pattern.run > 0:
+        score = runs(group.pattern, score).sort(1).values.double().mean(0)
+    elif group.pattern is not None and group.pattern.tile != (1, 1):
+        score = tile_sums(group.pattern, score)
+    return np.sort(score.flatten().double().numpy())

@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from autoprune.errors import ConfigError
 from autoprune.structure.groups import Pattern
 
-__all__ = ["hold_zeros", "mask", "tile_sums", "units", "zeros"]
+__all__ = ["hold_zeros", "mask", "runs", "tile_sums", "units", "zeros"]
 
 _AT_ONCE = 1 << 20  # weights whose runs are ranked at a time; it needs up to 12 bytes for each
 _COMPARED = 32  # longest run that is ranked by comparing all pairs: of 2:4, four times faster than by sorting
@@ -88,8 +88,7 @@ def mask(pattern: Pattern, saliency: torch.Tensor, removed: int, size: int) -> t
         raise ConfigError(f"the saliency of `{pattern.tensor}` has NaN; score the network before its training diverged")
     if pattern.run > 0:
         whole = saliency.shape[0 if pattern.transposed else 1] // pattern.run * pattern.run
-        runs = _positioned(saliency, pattern.transposed)[:, :, :whole].reshape(-1, pattern.run)
-        parts = torch.split(runs, 1 + _AT_ONCE // pattern.run)
+        parts = torch.split(runs(pattern, saliency), 1 + _AT_ONCE // pattern.run)
         kept = torch.cat([_largest_of_each(part, removed) for part in parts])
         view = _positioned(stays, pattern.transposed)[:, :, :whole]
         view.copy_(kept.view(view.shape))
@@ -119,6 +118,18 @@ def tile_sums(pattern: Pattern, saliency: torch.Tensor) -> torch.Tensor:
     rows, columns = len(matrix) // height, matrix.shape[1] // width
     tiles = matrix[: rows * height, : columns * width].reshape(rows, height, columns, width)
     return tiles.sum((1, 3), dtype=torch.promote_types(saliency.dtype, torch.float32))
+
+
+def runs(pattern: Pattern, saliency: torch.Tensor) -> torch.Tensor:
+    """Return `(units, run)`: the saliency of each whole run of neighbours along the inputs.
+
+    Args:
+        pattern: One of runs.
+        saliency: One number a weight, in the weight's shape.
+    """
+    positioned = _positioned(saliency, pattern.transposed)
+    whole = positioned.shape[2] // pattern.run * pattern.run
+    return positioned[:, :, :whole].reshape(-1, pattern.run)
 
 
 @contextmanager

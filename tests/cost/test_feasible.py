@@ -105,6 +105,23 @@ class TestBuild:
         assert feasible.removed({"conv1": 0.0, "conv2": 0.9}).tolist() == [2, 4]
 
 
+class TestLimited:
+    def test_all_limits_shrink(self):
+        feasible = made(TinyNet(), "macs<=50%,params<=40%")
+        counts = np.array([2, 4])
+        less = feasible.limited(0.5)
+        assert less.utilisation(counts) == pytest.approx(feasible.utilisation(counts) / 0.5)
+        assert str(less.budget) == "macs<=25%,params<=20%"
+
+    def test_without_limits_it_is_a_share_of_the_dense_multiply_adds(self):
+        feasible = made(TinyNet(), None)
+        assert str(feasible.limited(0.5).budget) == "macs<=50%"
+
+    def test_it_may_be_empty(self):
+        less = made(TinyNet(), "macs<=50%").limited(1e-6)
+        assert less.utilisation(less.upper) > 1
+
+
 class TestRefused:
     def test_a_bound_of_an_unknown_group(self):
         with pytest.raises(ConfigError, match=r"a bound is given for group 'conv3', but .* groups are conv1, conv2"):

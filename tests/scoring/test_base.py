@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from autoprune import registry
-from autoprune.scoring import Evidence, removal_orders, removals
+from autoprune.scoring import Evidence, ascending, removal_orders, removals
 from autoprune.scoring.base import per_element, sum_of_weights
 from autoprune.structure import Slice, Structure, analyse
 from autoprune.testing import TinyNet, TinyResNet
@@ -174,3 +174,23 @@ class TestEveryCriterion:
 
     def test_no_groups_have_no_scores(self, criterion):
         assert criterion.score(TinyNet(), Structure(()), evidence()) == {}
+
+
+class TestAscending:
+    def test_channels_come_in_the_order_in_which_they_go(self):
+        group = analyse(TinyNet(), EXAMPLE)["conv1"]
+        score = torch.tensor([3.0, 1.0, 2.0, 8.0, 7.0, 6.0, 5.0, 4.0])
+        order = removal_orders({"conv1": score})["conv1"]
+        assert ascending(group, score).tolist() == score[torch.as_tensor(order)].tolist() == list(range(1, 9))
+
+    def test_of_weights_there_is_one_for_each_that_can_go(self):
+        for kind, expected in (("weights", 8 * 8 * 9), ("2:4", 4), ("4x4", 2 * 18)):
+            group = next(g for g in analyse(TinyNet(), EXAMPLE, kinds=(kind,)) if "conv2" in g.layers)
+            ordered = ascending(group, torch.arange(8 * 8 * 9.0).reshape(8, 8, 3, 3))
+            assert len(ordered) == expected, kind
+            assert (ordered[1:] >= ordered[:-1]).all()
+
+    def test_an_element_of_a_run_is_the_mean_over_the_runs(self):
+        group = next(g for g in analyse(nn.Sequential(nn.Linear(8, 2)), torch.zeros(1, 8), kinds=("2:4",)))
+        score = torch.tensor([[4.0, 3, 2, 1, 1, 1, 1, 1], [0, 0, 0, 8, 5, 6, 7, 8]])
+        assert ascending(group, score).tolist() == [(1 + 1 + 0 + 5) / 4, 9 / 4, 11 / 4, (4 + 1 + 8 + 8) / 4]
