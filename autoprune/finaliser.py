@@ -1,6 +1,6 @@
 """What happens to the picked candidate: full fine-tuning, the test set read once, and saving."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -9,17 +9,28 @@ from torch import nn
 
 from autoprune import export
 from autoprune.errors import ConfigError
-from autoprune.evaluation import Candidate, Evaluator, Measurement, measure
+from autoprune.evaluation import Candidate, Evaluator, Measurement, Precision, measure
 from autoprune.finetuning import Recipe
 from autoprune.seeds import derive
 from autoprune.structure import Cut, cut
-from autoprune.task import FINALISER
+from autoprune.task import FINALISER, Task
 
-__all__ = ["FULL_LR", "PrunedNetwork"]
+__all__ = ["FULL_LR", "PrunedNetwork", "read_test"]
 
 FULL_LR: Final = 0.05
 """Peak learning rate of full fine-tuning, which has steps enough to come back from more than a short one bears (see
 `benchmarks/closed_form.md`)."""
+
+
+def read_test(task: Task, networks: Iterable[nn.Module]) -> list[Measurement]:
+    """Read the test set, once in the task's life, and return what fully fine-tuned networks do on it.
+
+    Raises:
+        TestSetError: The task has no test split, or it was read before.
+    """
+    device = task.example_input.device
+    batches = list(Precision().placed(task.open_test(FINALISER).batches(500), device))
+    return [measure(network.to(device), batches, task.metric, task.loss).summary("full") for network in networks]
 
 
 class PrunedNetwork:

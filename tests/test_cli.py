@@ -292,7 +292,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]  # the app has several commands
-    assert set(commands) == {"search", "sensitivity", "pick", "finalize", "report", "evaluate", "train"}
+    assert set(commands) == {"search", "compare", "sensitivity", "pick", "finalize", "report", "evaluate", "train"}
     for name in commands:
         assert run(name, "--help") == 0
         assert f"autoprune {name}" in re.sub(r"\s+", " ", capsys.readouterr().out)
