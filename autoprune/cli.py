@@ -895,7 +895,7 @@ def _print_comparison(result: Comparison) -> None:
             row["agent"],
             _spread(row["accuracy"], "{:.2%}"),
             _spread(row["hypervolume"], "{:.3f}"),
-            _spread(row["evaluations_to_99"], "{:.0f}"),
+            f"{row['evaluations_to_99']['mean']:.0f}",
             f"{row['evaluations']['mean']:.0f}",
             f"{row['seconds']['mean']:.0f}",
             *(_spread(row[name], "{:.2%}") for name in finals),

@@ -161,7 +161,7 @@ def compare(
         told.over()
     if finalize is not None:
         _finalize(task, all_runs, finalize, finalize_lr, watcher)
-    return _concluded(folder, task, common, all_runs, options, len(shared.known))
+    return _concluded(folder, task, common, all_runs, options)
 
 
 # -- who is compared ------------------------------------------------------------------------------------------------
@@ -414,7 +414,6 @@ def _concluded(
     common: Mapping[str, Any],
     runs: Sequence[_Run],
     options: SearchSettings,
-    evaluated: int,
 ) -> Comparison:
     """Compare what the searches left, write it down, and draw the page."""
     from autoprune.report import write_comparison  # loads plotly
@@ -437,7 +436,7 @@ def _concluded(
         "search": dict(common),
         "dense": {key: dense[key] for key in ("accuracy", "accuracy_se", "macs", "params")},
         "fidelity": ", ".join(sorted(fidelities)),
-        "evaluated": evaluated,
+        "evaluated": len({one.id for run in runs for one in run.proposed}),
         "finalized": _recipe(runs),
         "versions": versions(),
     }

@@ -1,7 +1,7 @@
 """The page of a comparison of agents, from `compare.json` alone: words, tables, and the best so far of each agent."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def _strokes(agents: Sequence[str]) -> list[tuple[str, str]]:
 
 def _pale(colour: str) -> str:
     red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, 0.13)"
+    return f"rgba({red}, {green}, {blue}, 0.1)"
 
 
 # ----------------------------------------------------------------------------------------------------------- sections
@@ -147,8 +147,8 @@ def _header(told: Mapping[str, Any], title: str, name: str) -> str:
     to_random = next((one for one in picked["to_random"] if one["agent"] == lead["agent"]), None) if picked else None
     asked = sum(sum(row["evaluations"]["values"]) for row in told["table"])
     tiles = [
-        ("Picks best", escaped(lead["agent"]), f"{_spread(lead['accuracy'], percent)}"),
-        ("Against random", *(("none", "random picks best") if to_random is None else _beside(to_random))),
+        ("Picks best", escaped(lead["agent"]), _in_brackets(lead["accuracy"])),
+        ("Against random", *(("0.0", "random picks best") if to_random is None else _beside(to_random))),
         ("Evaluations each", str(told["evaluations"]), f"{asked} in all, of {told['evaluated']} different policies"),
         ("Seeds", str(told["seeds"]), f"recovery: {escaped(told['fidelity'])}"),
     ]
@@ -195,20 +195,20 @@ def _table(told: Mapping[str, Any]) -> str:
     picked = told["differences"]["picked"] or {"to_random": []}
     to_random = {one["agent"]: one for one in picked["to_random"]}
     finals = [key for key in ("finetuned", "test") if key in told["table"][0]]
-    headings = ["Agent", "Picked accuracy", "Δ random", "Hypervolume", "Evaluations to 99 %", "Asked for", "Time"]
-    headings += [{"finetuned": "Fine-tuned", "test": "Test"}[key] for key in finals]
+    headings = ["Agent", "Picked, %", "Δ random", "Hypervolume", "Evaluations to 99 %", "Asked for", "Time"]
+    headings += [{"finetuned": "Fine-tuned, %", "test": "Test, %"}[key] for key in finals]
     rows = []
     for row in told["table"]:
         difference = to_random.get(row["agent"])
         cells = [
             escaped(row["agent"]),
-            _spread(row["accuracy"], percent),
+            _spread(row["accuracy"], _points),
             "" if difference is None else signed(difference["mean"]),
             _spread(row["hypervolume"], lambda value: f"{value:.3f}"),
-            _spread(row["evaluations_to_99"], lambda value: f"{value:.0f}"),
+            _range(row["evaluations_to_99"]),
             f"{row['evaluations']['mean']:.0f}",
             duration(row["seconds"]["mean"]),
-            *(_spread(row[key], percent) for key in finals),
+            *(_spread(row[key], _points) for key in finals),
         ]
         rows.append(("picked" if row is told["table"][0] else "", cells))
     recipe = told.get("finalized")
@@ -224,16 +224,33 @@ def _table(told: Mapping[str, Any]) -> str:
         )
     return (
         "<section><h2>Agents</h2><p class='caption'>Means over seeds, with intervals of 95&nbsp;%. Picked: the most "
-        "accurate policy within the budget that the agent itself proposed. Time: what the agent and its evaluations "
-        f"take one after another, though a policy that several ask for is evaluated once.{tuned}</p>"
+        "accurate policy within the budget that the agent itself proposed. Evaluations to 99&nbsp;%: until the best "
+        "so far had that share of its final accuracy, from the least to the most over seeds. Time: what the agent and "
+        f"its evaluations take one after another, though a policy that several ask for is evaluated once.{tuned}</p>"
         f"{html_table(headings, rows)}</section>"
     )
 
 
-def _spread(interval: Mapping[str, Any], text: Any) -> str:
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _in_brackets(interval: Mapping[str, Any]) -> str:
+    if interval["low"] is None:
+        return percent(interval["mean"])
+    return f"{percent(interval['mean'])} ({_points(interval['low'])} to {_points(interval['high'])})"
+
+
+def _range(several: Mapping[str, Any]) -> str:
+    """Return a mean of counts, and how far they go: an interval would be below 0."""
+    least, most = min(several["values"]), max(several["values"])
+    return f"{several['mean']:.0f}" + (f"<small>{least} to {most}</small>" if len(several["values"]) > 1 else "")
+
+
+def _spread(interval: Mapping[str, Any], text: Callable[[float], str]) -> str:
     mean = text(interval["mean"])
     if interval["low"] is None:
-        return str(mean)
+        return mean
     return f"{mean}<small>{text(interval['low'])} to {text(interval['high'])}</small>"
 
 
@@ -259,9 +276,10 @@ def _differences(told: Mapping[str, Any], key: str, title: str, measure: str) ->
                 ],
             )
         )
+    best = f", and against {escaped(found['best'])}, the best here, which is found out by these same numbers"
     headings = ["Agent", "Compared with", "Δ points", "95 % interval", "p", "p, Holm", "Verdict"]
     return (
-        f"<section><h2>{title}</h2><p class='caption'>In points of {measure}, in pairs by seed; against random, and "
-        f"against {escaped(found['best'])}, the best here, which is found out by these same numbers.</p>"
+        f"<section><h2>{title}</h2><p class='caption'>In points of {measure}, in pairs by seed; against "
+        f"random{best if found['best'] != 'random' else ''}.</p>"
         f"{html_table(headings, rows, text_columns=(0, 1, 6))}</section>"
     )
