@@ -885,31 +885,32 @@ def _print_result(result: SearchResult) -> None:
 
 def _print_comparison(result: Comparison) -> None:
     rows = result.document["table"]
-    finals = {name: title for name, title in {"finetuned": "fine-tuned", "test": "test"}.items() if name in rows[0]}
-    headings = ("picked accuracy", "hypervolume", "to 99 %", "evaluations", "seconds", *finals.values())
-    table = Table("", *headings, box=None, pad_edge=False)
-    for column in table.columns[1:]:
+    table = Table("", "picked, %", "hypervolume", "to 99 %", "evaluations", "seconds", box=None, pad_edge=False)
+    tuned = Table("", "fine-tuned, %", "test, %", box=None, pad_edge=False)
+    for column in (*table.columns[1:], *tuned.columns[1:]):
         column.justify = "right"
     for row in rows:
         table.add_row(
             row["agent"],
-            _spread(row["accuracy"], "{:.2%}"),
-            _spread(row["hypervolume"], "{:.3f}"),
-            f"{row['evaluations_to_99']['mean']:.0f}",
-            f"{row['evaluations']['mean']:.0f}",
-            f"{row['seconds']['mean']:.0f}",
-            *(_spread(row[name], "{:.2%}") for name in finals),
+            _spread(row["accuracy"], 100, 2),
+            _spread(row["hypervolume"], 1, 3),
+            *(f"{row[name]['mean']:.0f}" for name in ("evaluations_to_99", "evaluations", "seconds")),
         )
+        if "finetuned" in row:
+            finals = [_spread(row[name], 100, 2) if name in row else "-" for name in ("finetuned", "test")]
+            tuned.add_row(row["agent"], *finals)
     _out.print(table)
+    if tuned.row_count:
+        _out.print(tuned)
     for word in result.document["words"]:
         _out.print(word, soft_wrap=True)
     _out.print(f"page: {result.out / 'compare.html'}", soft_wrap=True)
 
 
-def _spread(interval: dict[str, Any], form: str) -> str:
+def _spread(interval: dict[str, Any], scale: float, digits: int) -> str:
     """Return a mean over seeds, and how far its interval of 95 % goes to either side."""
-    mean = form.format(interval["mean"])
-    return mean if interval["low"] is None else f"{mean} ± {form.format(interval['high'] - interval['mean'])}"
+    mean, high = (None if interval[key] is None else scale * interval[key] for key in ("mean", "high"))
+    return f"{mean:.{digits}f}" + ("" if high is None or mean is None else f" ± {high - mean:.{digits}f}")
 
 
 def _print_sensitivity(report: SensitivityReport) -> None:

@@ -350,6 +350,8 @@ def _finalize(task: Task, runs: Sequence[_Run], epochs: int, lr: float, progress
     if untested and task.n_test and task.test_read:
         raise TestSetError("the test set has been read already; compare before, or instead of, testing by hand")
     blind = task.without_test()
+    if all(run.folder.final.exists() for run in runs):
+        progress = Silent()
     progress.begin(f"fine-tuning picks for {epochs} epochs", len(runs))
     for number, (run, candidate) in enumerate(zip(runs, chosen, strict=True), 1):
         if not run.folder.final.exists():
