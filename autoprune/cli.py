@@ -21,6 +21,7 @@ from torch import nn
 
 import autoprune
 from autoprune import bounds, data, devices, export, models, registry
+from autoprune.compare import Comparison
 from autoprune.cost import count
 from autoprune.errors import AutopruneError, ConfigError, RunError, WeightsError
 from autoprune.evaluation import Executor, Measurement, Pipeline, Precision, chosen, measure
@@ -428,6 +429,119 @@ def search(
         _print_json(result.to_dict())
 
 
+@app.command(
+    epilog="Example: `autoprune compare --agents tpe,analytic --seeds 3 --candidates 20 --budget 'macs<=15%' "
+    "--out runs/compare`"
+)
+def compare(
+    out: Annotated[Path, typer.Option(help="The folder; a comparison that was stopped goes on in it.")],
+    budget: Annotated[str, typer.Option(help="Upper limits within which every agent picks, such as 'macs<=50%'.")],
+    agents: Annotated[
+        str,
+        typer.Option(help=f"Some of {', '.join(registry.names('agent'))}; uniform and random are always among them."),
+    ] = "tpe",
+    seeds: Annotated[int, typer.Option(help="Searches of each agent, with the agent's seeds 0, 1, ...")] = 5,
+    finalize: Annotated[
+        int | None,
+        typer.Option(help="Fine-tune every pick for so many epochs, then read the test set once, for all of them."),
+    ] = None,
+    finalize_lr: Annotated[float, typer.Option(help="Peak learning rate of that.")] = FULL_LR,
+    task: TaskFile = None,
+    model: Model = None,
+    data_name: Data = None,
+    data_root: DataRoot = None,
+    weights: Weights = None,
+    download: Download = False,
+    val_fraction: ValFraction = None,
+    split_seed: SplitSeed = 0,
+    device: Device = devices.AUTO,
+    space: Annotated[
+        str, typer.Option(help=f"What has a sparsity of its own: {', '.join(registry.names('search space'))}.")
+    ] = "group",
+    candidates: Annotated[int, typer.Option(help="Distinct policies that each agent may have evaluated.")] = 60,
+    control: Annotated[
+        int | None, typer.Option(help="Random policies beside each search, the same for all; by default a tenth.")
+    ] = None,
+    finetune_steps: Annotated[int, typer.Option(help="Gradient steps of short fine-tuning for every candidate.")] = 0,
+    race: Annotated[
+        bool, typer.Option("--race", help="Measure candidates that are clearly worse than uniform no further.")
+    ] = False,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning.")] = 0.01,
+    recover: Recover = "reconstructed",
+    calibration_images: Calibration = 2000,
+    moments_memory: MomentsMemory = 2.0,
+    activations_memory: ActivationsMemory = 2.0,
+    precision: PrecisionOption = "auto",
+    criterion: Criterion = "l1",
+    sensitivity: Annotated[
+        str, typer.Option(help="Sparsities at which every group is measured, once for all; empty for none.")
+    ] = "0.25,0.5,0.75",
+    units: Units = "channels,heads",
+    multiple: Multiple = 1,
+    normalised: Normalised = False,
+    max_sparsity: Annotated[float, typer.Option(help="Highest sparsity of any group.")] = 0.9,
+    bounds_file: Annotated[
+        Path | None, typer.Option("--bounds", help="A TOML table [groups] that locks or bounds single groups.")
+    ] = None,
+    reuse: Annotated[
+        Path | None, typer.Option(help="A sensitivity report to start from; its cells are not measured again.")
+    ] = None,
+    workers: Workers = 1,
+    ray_address: RayAddress = None,
+    worker_gpus: WorkerGpus = None,
+    seed: Annotated[int, typer.Option(help="Seed of the task, the same for all: what a policy measures.")] = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Search with several agents and seeds at equal evaluations, and say which differences are larger than the noise.
+
+    One search after another; workers evaluate candidates of one at a time. What is the same for all is measured once.
+    """
+    settings: dict[str, Any] = {
+        "budget": budget,
+        "space": space,
+        "candidates": candidates,
+        "control": control,
+        "finetune_steps": finetune_steps,
+        "race": race,
+        "lr": lr,
+        "recover": recover,
+        "calibration_images": calibration_images,
+        "moments_memory": moments_memory,
+        "activations_memory": activations_memory,
+        "precision": precision,
+        "criterion": criterion,
+        "sensitivity": _numbers(sensitivity),
+        "units": _names(units),
+        "multiple": multiple,
+        "normalised": normalised,
+        "max_sparsity": max_sparsity,
+        "bounds": {} if bounds_file is None else bounds.read_bounds(bounds_file),
+        "seed": seed,
+    }
+    SearchSettings.of(settings)  # refuses what is wrong before anything is loaded
+    for agent in _names(agents):
+        registry.resolve("agent", agent)
+    source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)
+    with watching(quiet) as progress:
+        result = autoprune.compare(
+            _task(source, device=device, baseline=RunFolder(out).baseline, progress=progress),
+            out=out,
+            agents=_names(agents),
+            seeds=seeds,
+            finalize=finalize,
+            finalize_lr=finalize_lr,
+            progress=progress,
+            source=source,
+            reuse=reuse,
+            executor=_executor(workers, ray_address, worker_gpus),
+            **settings,
+        )
+    _print_comparison(result)
+    if as_json:
+        _print_json(result.to_dict())
+
+
 @app.command(epilog="Example: `autoprune sensitivity --out sensitivity.json`")
 def sensitivity(
     out: Annotated[Path, typer.Option(help="The report's file; cells that it holds are not measured again.")],
@@ -566,10 +680,11 @@ def finalize(
 
 @app.command(epilog="Example: `autoprune report runs/digits`")
 def report(run: Run) -> None:
-    """Write RUN/report.html anew from the files of the run."""
-    from autoprune.report import write_report  # loads plotly
+    """Write RUN/report.html anew from the files of the run; of a comparison, compare.html."""
+    from autoprune.report import write_comparison, write_report  # loads plotly
 
-    _out.print(f"report: {write_report(run)}", soft_wrap=True)
+    compared = (run / "compare.json").exists()
+    _out.print(f"report: {write_comparison(run) if compared else write_report(run)}", soft_wrap=True)
 
 
 @app.command(epilog="Example: `autoprune evaluate runs/digits/pruned --data digits`")
@@ -834,6 +949,36 @@ def _print_result(result: SearchResult) -> None:
         _out.print(f"{name + ':':<9}{place}", soft_wrap=True, highlight=False)
 
 
+def _print_comparison(result: Comparison) -> None:
+    rows = result.document["table"]
+    table = Table("", "picked, %", "hypervolume", "to 99 %", "evaluations", "seconds", box=None, pad_edge=False)
+    tuned = Table("", "fine-tuned, %", "test, %", box=None, pad_edge=False)
+    for column in (*table.columns[1:], *tuned.columns[1:]):
+        column.justify = "right"
+    for row in rows:
+        table.add_row(
+            row["agent"],
+            _spread(row["accuracy"], 100, 2),
+            _spread(row["hypervolume"], 1, 3),
+            *(f"{row[name]['mean']:.0f}" for name in ("evaluations_to_99", "evaluations", "seconds")),
+        )
+        if "finetuned" in row:
+            finals = [_spread(row[name], 100, 2) if name in row else "-" for name in ("finetuned", "test")]
+            tuned.add_row(row["agent"], *finals)
+    _out.print(table)
+    if tuned.row_count:
+        _out.print(tuned)
+    for word in result.document["words"]:
+        _out.print(word, soft_wrap=True)
+    _out.print(f"page: {result.out / 'compare.html'}", soft_wrap=True)
+
+
+def _spread(interval: dict[str, Any], scale: float, digits: int) -> str:
+    """Return a mean over seeds, and how far its interval of 95 % goes to either side."""
+    mean, high = (None if interval[key] is None else scale * interval[key] for key in ("mean", "high"))
+    return f"{mean:.{digits}f}" + ("" if high is None or mean is None else f" ± {high - mean:.{digits}f}")
+
+
 def _print_sensitivity(report: SensitivityReport) -> None:
     measured = sorted({round(c.sparsity, 2) for g in report.groups for c in g.cells})
     grid = measured if len(measured) <= 9 else list(SPARSITIES)
@@ -901,7 +1046,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as leaving:
         if leaving.code == _INTERRUPTED:
-            goes_on = sys.argv[1:2] in (["search"], ["sensitivity"])
+            goes_on = sys.argv[1:2] in (["search"], ["compare"], ["sensitivity"])
             hint = "; what was measured is on disk, and the same command goes on from there" if goes_on else ""
             _err.print(f"stopped{hint}", soft_wrap=True)
         raise

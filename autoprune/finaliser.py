@@ -1,6 +1,6 @@
 """What happens to the picked candidate: full fine-tuning, the test set read once, and saving."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -10,18 +10,35 @@ from torch import nn
 
 from autoprune import export
 from autoprune.errors import ConfigError
-from autoprune.evaluation import Candidate, Evaluator, Measurement, Samples, measure
+from autoprune.evaluation import Candidate, Evaluator, Measurement, Precision, Samples, measure
 from autoprune.finetuning import Recipe
 from autoprune.seeds import derive
 from autoprune.structure import Cut, cut
-from autoprune.task import FINALISER
+from autoprune.task import FINALISER, Task
 from autoprune.threads import suited_threads
 
-__all__ = ["FULL_LR", "PrunedNetwork"]
+__all__ = ["FULL_LR", "PrunedNetwork", "read_test"]
 
 FULL_LR: Final = 0.05
 """Peak learning rate of full fine-tuning, which has steps enough to come back from more than a short one bears (see
 `benchmarks/closed_form.md`)."""
+
+
+def read_test(task: Task, networks: Iterable[nn.Module]) -> list[Measurement]:
+    """Read the test set, once in the task's life, and return what fully fine-tuned networks do on it.
+
+    Networks are taken one after another, and the images stay in memory meanwhile.
+
+    Raises:
+        TestSetError: The task has no test split, or it was read before.
+    """
+    device = task.example_input.device
+    batches = list(task.open_test(FINALISER).batches(500))
+    found = []
+    for network in networks:
+        placed = Precision().placed(batches, device)
+        found.append(measure(network.to(device), placed, task.metric, task.loss).summary("full"))
+    return found
 
 
 class PrunedNetwork:

@@ -91,7 +91,8 @@ class RunFolder:
         difference = _difference(there, json.loads(json.dumps(config)), identity)
         if difference is None:
             return True
-        if any(file.exists() for file in (self.sensitivity, self.ledger, self.tracking, self.result)):
+        files = (self.sensitivity, self.ledger, self.tracking, self.result)
+        if any(file.exists() for file in files) or any(self.path.glob("*/*/config.json")):  # a comparison's searches
             raise RunError(
                 f"{self.path} holds another search: its {difference}; name another folder with --out, or repeat its "
                 "settings to go on with it"

@@ -66,7 +66,7 @@ from autoprune.tracking import MLflowTracker, Tracker
 if TYPE_CHECKING:
     from autoprune.environment import PruningEnv
 
-__all__ = ["search"]
+__all__ = ["identity_of", "search", "versions"]
 
 _CLEAR_LOSS = 0.005  # accuracy that the pipeline may cost the dense network without a warning
 _UNTIL_PROMOTED = 0.6  # of the time limit, where there is a ladder
@@ -148,10 +148,10 @@ def search(
         "digest": task.digest(),
         "measures": {key: described[key] for key in ("augment", "metric", "loss")},
         "search": options.to_dict(),
-        "agent": _identity_of(searcher),
+        "agent": identity_of(searcher),
         "parallel": {"at_once": runs.at_once},
         "source": None if source is None else dict(source),
-        "versions": _versions(),
+        "versions": versions(),
     }
     going_on = folder.claim(config, ("digest", "measures", "search", "agent"))
     at_once = folder.read(folder.config)["parallel"]["at_once"]
@@ -199,6 +199,7 @@ class _Search:
         self.saturated: float | None = None  # share of the decisions that had no choice
         self.logged = 0
         self.best: list[float] = []  # values, as candidates came
+        self.proposing = 0.0  # seconds that the agent took for itself
         self.predicted: Analytic | None = None
 
     def run(self, agent: Any) -> SearchResult:
@@ -357,8 +358,10 @@ class _Search:
         feasible = self._within(sensitivity)
         space = registry.resolve("search space", self.settings.space)(feasible, spend=spend)
         environment = self._environment(feasible, space, arm, value, sensitivity, shares, predicted)
-        _until_over(agent, environment, derive(self.settings.seed, "agent"))
+        started, before = time.monotonic(), self.evaluator.waited
+        _until_over(agent, environment, derive(self.settings.agents_own_seed, "agent"))
         arm.drain()
+        self.proposing = time.monotonic() - started - (self.evaluator.waited - before)
         self.saturated = environment.saturated
         if self.saturated is not None:
             self.progress.line(f"{self.saturated:.0%} of the decisions had no choice")
@@ -611,6 +614,8 @@ class _Search:
             "rungs": rungs_of(evaluators),
             "candidates": len(arm.candidates),
             "saturated": self.saturated,
+            "proposed": list(arm.proposed),
+            "proposing_seconds": round(self.proposing, 3),
             "seconds": round(time.monotonic() - self.started, 1),
             "stopped": TIME_LIMIT if self.late else arm.stopped,
             "dense": dense_record,
@@ -668,7 +673,7 @@ class _Search:
         return f"{top}{candidate.agent} {result} at {macs:.1%} of the MACs"
 
 
-def _identity_of(agent: Any) -> dict[str, Any]:
+def identity_of(agent: Any) -> dict[str, Any]:
     """Return what tells agents apart: the class, and those of its settings that JSON can hold."""
     settings = getattr(agent, "__dict__", {}).items()
     plain = {name: value for name, value in settings if isinstance(value, str | int | float | bool | None)}
@@ -684,7 +689,8 @@ def _parent_run(folder: RunFolder) -> str | None:
     return folder.read(folder.tracking)["run_id"] if folder.tracking.exists() else None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what a search runs on."""
     packages = (
         "autoprune",
         "torch",

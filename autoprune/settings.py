@@ -61,6 +61,7 @@ class SearchSettings:
         bounds: Group name or pattern → `lock`, `min`, `max` (see `autoprune.bounds`).
         time_limit: Seconds after which nothing new is evaluated, or None.
         seed: Of everything that is random.
+        agent_seed: Of what the agent draws alone; None: the seed. What becomes of a policy does not depend on it.
 
     Raises:
         ConfigError: A value out of range.
@@ -93,6 +94,7 @@ class SearchSettings:
     bounds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     time_limit: float | None = None
     seed: int = 0
+    agent_seed: int | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -164,9 +166,10 @@ class SearchSettings:
 
     def _check_types(self) -> None:
         texts = ("budget", "protocol", "agent", "space", "criterion", "recover", "precision")
-        wholes = ("candidates", "multiple", "control", "finetune_steps", "shared_steps", "calibration_images", "seed")
+        steps = ("finetune_steps", "shared_steps")
+        wholes = ("candidates", "multiple", "control", *steps, "calibration_images", "seed", "agent_seed")
         numbers = ("max_drop", "lr", "max_sparsity", "time_limit", "moments_memory", "activations_memory")
-        optional = ("budget", "max_drop", "control", "time_limit")
+        optional = ("budget", "max_drop", "control", "time_limit", "agent_seed")
         for names, kind, word in (
             (texts, str, "text"),
             (wholes, int, "a whole number"),
@@ -198,6 +201,11 @@ class SearchSettings:
     def control_size(self) -> int:
         """How many random policies are the control."""
         return max(1, self.candidates // 10) if self.control is None else self.control
+
+    @property
+    def agents_own_seed(self) -> int:
+        """What the agent's seed is derived from."""
+        return self.seed if self.agent_seed is None else self.agent_seed
 
     @property
     def recovery(self) -> Recovery:

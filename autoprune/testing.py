@@ -11,6 +11,7 @@ Nothing here is imported by the package itself, and pytest is not needed to impo
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -28,6 +29,8 @@ from torch import nn
 from torch.nn import functional
 
 from autoprune.agents.base import Agent, Objectives
+from autoprune.agents.random import RandomAgent
+from autoprune.agents.uniform import UniformAgent
 from autoprune.analytic import POWER, Analytic
 from autoprune.cost import Budget, CostModel, FeasibleSet
 from autoprune.environment import PruningEnv, layer_facts
@@ -37,7 +40,9 @@ from autoprune.policy import Policy
 from autoprune.scoring import Scores
 from autoprune.search_spaces.base import SearchSpace
 from autoprune.search_spaces.per_group import PerGroup
+from autoprune.seeds import derive
 from autoprune.sensitivity import SPARSITIES, Cell, GroupSensitivity, SensitivityReport
+from autoprune.standings import RANDOM, Standings, Trace, standings
 from autoprune.structure import Group, Slice, Structure
 
 __all__ = [
@@ -50,6 +55,7 @@ __all__ = [
     "TinyNet",
     "TinyResNet",
     "chain",
+    "compare_agents",
     "run_agent",
     "synthetic_env",
 ]
@@ -145,6 +151,10 @@ def _chain_model(widths: Sequence[int]) -> nn.Sequential:
     return model
 
 
+_Way = tuple[int, float, tuple[int, ...]]
+"""A price, a loss, and the counts of the groups up to one."""
+
+
 @final
 class SyntheticEvaluator:
     """Gives candidates from a formula in place of a network, counting and caching as the real evaluator does.
@@ -153,11 +163,16 @@ class SyntheticEvaluator:
     `interactions[g] s_g s_(g+1)`, so that the curves of single groups do not tell everything. Weights and interactions
     sum to 1: accuracy is 1 for the dense network and never below 0. Some groups are far more sensitive than others.
 
+    What a candidate measures may have an error, normal, which depends on the policy and the seed alone.
+
     Args:
         feasible: Whose policies are priced.
         evaluations: How many different policies may be evaluated.
-        seed: Of the formula.
+        seed: Of the formula and of the errors.
         repeats: How many policies in a row may be repetitions.
+        interaction: How strong interactions are: 0, and groups' losses add up; 1 as a rule; at 10 the curves of single
+            groups tell little.
+        noise: Standard deviation of the error of a candidate's accuracy, which stays within [0, 1].
 
     Attributes:
         weights: `(groups,)`.
@@ -167,23 +182,33 @@ class SyntheticEvaluator:
         calls: How often it was called, repetitions included.
     """
 
-    def __init__(self, feasible: FeasibleSet, *, evaluations: int, seed: int = 0, repeats: int = 50) -> None:
+    def __init__(
+        self,
+        feasible: FeasibleSet,
+        *,
+        evaluations: int,
+        seed: int = 0,
+        repeats: int = 50,
+        interaction: float = 1.0,
+        noise: float = 0.0,
+    ) -> None:
         rng = np.random.default_rng(seed)
         groups = len(feasible.structure)
         weights = np.exp(rng.uniform(-2.5, 2.5, groups))
-        interactions = rng.uniform(0, 0.5, groups - 1) * np.minimum(weights[1:], weights[:-1])
+        interactions = interaction * rng.uniform(0, 0.5, groups - 1) * np.minimum(weights[1:], weights[:-1])
         total = weights.sum() + interactions.sum()
         self.weights, self.interactions = weights / total, interactions / total
         self.powers = rng.uniform(1.0, 3.0, groups)
         self.candidates: list[Candidate] = []
         self.calls = 0
+        self._seed, self._noise = seed, noise
         self._feasible = feasible
         self._evaluations = evaluations
         self._known: dict[Policy, Candidate] = {}
         self._repeats, self._allowed_repeats = 0, repeats
 
     def accuracy(self, policy: Policy) -> float:
-        """Return the formula's value; counts nothing."""
+        """Return the formula's value, without an error; counts nothing."""
         sparsities = np.array([policy[name] for name in self._feasible.structure.names])
         alone = self.weights @ sparsities**self.powers
         return float(1 - alone - self.interactions @ (sparsities[1:] * sparsities[:-1]))
@@ -224,18 +249,90 @@ class SyntheticEvaluator:
             scores[group.name] = torch.from_numpy(np.diff(losses))
         return scores
 
+    def told(self, policy: Policy) -> float:
+        """Return the accuracy that a candidate has, with its error; counts nothing."""
+        error = np.random.default_rng(derive(self._seed, "noise", policy.id)).normal(0.0, self._noise)
+        return min(1.0, max(0.0, self.accuracy(policy) + float(error)))
+
+    def regret(self, policy: Policy) -> float:
+        """Return by how much a policy's accuracy is below the optimum's, both without error; counts nothing."""
+        return self.accuracy(self.optimum()) - self.accuracy(policy)
+
+    @functools.cache  # noqa: B019 - of a test, which ends
     def optimum(self) -> Policy:
-        """Return the best feasible policy, from trying all: for two or three small groups.
+        """Return the best feasible policy, exactly.
+
+        By dynamic programming along the groups: what is removed from one only matters to its neighbour, in the formula
+        and in the price. For each count of the last group, of all ways to come there, those are kept that no other
+        beats in price and in loss.
 
         Raises:
-            ValueError: There are more than 20,000 to try.
+            ValueError: The budget has another limit than one on MACs or on parameters, or the price is not one of
+                neighbours.
         """
+        alone, together = self._prices()
+        sizes, limit = self._feasible.sizes, self._feasible.budget.limits[0].absolute(self._feasible.costs.dense)
         ranges = [range(low, high + 1) for low, high in zip(self._feasible.lower, self._feasible.upper, strict=True)]
-        if math.prod(len(counts) for counts in ranges) > 20_000:
-            raise ValueError(f"the optimum is found by trying all policies, but there are {ranges}")
-        every = (np.array(counts) for counts in itertools.product(*ranges))
-        feasible = [self._feasible.policy(counts) for counts in every if self._feasible.utilisation(counts) <= 1]
-        return max(feasible, key=self.accuracy)
+        # count of the last group → prices ascending, losses descending, and the counts that lead there
+        kept: dict[int, list[_Way]] = {
+            count: [(alone[0][count], self.weights[0] * (count / sizes[0]) ** self.powers[0], (count,))]
+            for count in ranges[0]
+        }
+        for index in range(1, len(sizes)):
+            loss = {
+                count: self.weights[index] * (count / sizes[index]) ** self.powers[index] for count in ranges[index]
+            }
+            reached: dict[int, list[_Way]] = {}
+            for count in ranges[index]:
+                ways = [
+                    (
+                        price + alone[index][count] + together[index - 1][before, count],
+                        lost
+                        + loss[count]
+                        + self.interactions[index - 1] * (before / sizes[index - 1]) * (count / sizes[index]),
+                        (*counts, count),
+                    )
+                    for before, several in kept.items()
+                    for price, lost, counts in several
+                ]
+                reached[count] = _unbeaten(ways)
+            kept = reached
+        within = [way for several in kept.values() for way in several if way[0] <= limit]
+        return self._feasible.policy(np.array(min(within, key=lambda way: way[1])[2]))
+
+    def _prices(self) -> tuple[list[dict[int, int]], list[dict[tuple[int, int], int]]]:
+        """Return the price of counts alone and what two neighbours' together add to it; the first has the constant."""
+        limits, structure = self._feasible.budget.limits, self._feasible.structure
+        if len(limits) != 1 or limits[0].metric not in ("macs", "params"):
+            raise ValueError(f"the optimum is known for one limit on MACs or parameters, but the budget is {limits}")
+
+        def price(counts: dict[int, int]) -> int:
+            removed = {structure.names[index]: count for index, count in counts.items()}
+            return int(getattr(self._feasible.costs.cost(removed), limits[0].metric))
+
+        constant = price({})
+        groups = range(len(structure))
+        every = [range(group.size + 1) for group in structure]
+        alone = [
+            {count: price({index: count}) - (constant if index else 0) for count in every[index]} for index in groups
+        ]
+        together = [
+            {
+                (before, count): price({index: before, index + 1: count})
+                - price({index: before})
+                - price({index + 1: count})
+                + constant
+                for before in every[index]
+                for count in every[index + 1]
+            }
+            for index in groups[:-1]
+        ]
+        counts = {index: group.size // 2 for index, group in enumerate(structure)}
+        summed = sum(alone[index][counts[index]] for index in groups)
+        summed += sum(together[index][counts[index], counts[index + 1]] for index in groups[:-1])
+        if summed != price(counts):
+            raise ValueError("the optimum is known where the price is one of neighbours, but here others matter too")
+        return alone, together
 
     def submit(self, policy: Policy) -> Result:
         """Return what gives the candidate of a policy.
@@ -263,7 +360,7 @@ class SyntheticEvaluator:
             raise SearchOver(f"all {self._evaluations} evaluations are spent")
         self._repeats = 0
         removed = self._feasible.structure.removed(policy)
-        accuracy = self.accuracy(policy)
+        accuracy = self.told(policy)
         candidate = Candidate(
             number=len(self.candidates),
             id=policy.id,
@@ -272,12 +369,21 @@ class SyntheticEvaluator:
             policy=policy,
             removed=removed,
             cost=self._feasible.costs.cost(removed),
-            measurements=(Measurement("short", accuracy, 0.0, 1 - accuracy, 0.0),),
+            measurements=(Measurement("short", accuracy, self._noise, 1 - accuracy, self._noise),),
             seconds=0.0,
         )
         self.candidates.append(candidate)
         self._known[policy] = candidate
         return candidate
+
+
+def _unbeaten(ways: list[_Way]) -> list[_Way]:
+    """Return the ways that none beats in price and loss, by ascending price."""
+    found: list[_Way] = []
+    for way in sorted(ways):
+        if not found or way[1] < found[-1][1]:
+            found.append(way)
+    return found
 
 
 def synthetic_env(
@@ -287,18 +393,22 @@ def synthetic_env(
     seed: int = 0,
     widths: Sequence[int] = (8, 8, 16, 16),
     bounds: Mapping[str, tuple[float, float]] | None = None,
+    interaction: float = 1.0,
+    noise: float = 0.0,
 ) -> tuple[PruningEnv, SyntheticEvaluator]:
     """Return an environment over a chain of convolutions, at half its MACs, with its evaluator.
 
     Args:
         evaluations: How many different policies may be evaluated.
         objectives: The agent's; with "several" the space has a dimension for the share of the budget.
-        seed: Of the evaluator's formula.
+        seed: Of the evaluator's formula and errors.
         widths: Of the chain.
         bounds: Lowest and highest sparsity of single groups.
+        interaction: As of `SyntheticEvaluator`.
+        noise: Likewise.
     """
     feasible = chain(widths, bounds=bounds)
-    evaluator = SyntheticEvaluator(feasible, evaluations=evaluations, seed=seed)
+    evaluator = SyntheticEvaluator(feasible, evaluations=evaluations, seed=seed, interaction=interaction, noise=noise)
     space = PerGroup(feasible, spend=(1.0, 1.0) if objectives == "one" else (0.0, 1.0))
     layers = layer_facts(_chain_model(widths), torch.zeros(1, 3, 8, 8), feasible.structure)
     env = PruningEnv(
@@ -313,6 +423,57 @@ def synthetic_env(
         scores=evaluator.scores(),
     )
     return env, evaluator
+
+
+def compare_agents(
+    agents: Mapping[str, Agent],
+    *,
+    evaluations: int,
+    seeds: int = 5,
+    problem: int = 0,
+    widths: Sequence[int] = (8, 8, 16, 16),
+    interaction: float = 1.0,
+    noise: float = 0.0,
+) -> tuple[Standings, dict[str, list[float]]]:
+    """Compare agents as `autoprune.compare` does, on a synthetic problem, in seconds.
+
+    Args:
+        agents: By name; uniform and random are always among them.
+        evaluations: Of each agent with each seed.
+        seeds: How many.
+        problem: Seed of the formula and of the errors: the same for all.
+        widths: Of the chain of convolutions.
+        interaction: As of `SyntheticEvaluator`.
+        noise: Likewise.
+
+    Returns:
+        How they stand by what they measured; and agent → the regret of each seed's pick, without errors.
+    """
+    traces: dict[str, list[Trace]] = {}
+    regrets: dict[str, list[float]] = {}
+    macs, optimum = 0, 0.0
+    contestants: dict[str, Agent] = {"uniform": UniformAgent(), RANDOM: RandomAgent(), **agents}
+    for name, agent in contestants.items():
+        traces[name], regrets[name] = [], []
+        for seed in range(seeds):
+            started = time.perf_counter()
+            env, evaluator = synthetic_env(
+                evaluations=evaluations,
+                objectives=agent.objectives,
+                seed=problem,
+                widths=widths,
+                interaction=interaction,
+                noise=noise,
+            )
+            run_agent(agent, env, seed=derive(seed, "agent"))
+            macs = macs or env.feasible.costs.dense.macs
+            optimum = optimum or evaluator.accuracy(evaluator.optimum())
+            found = evaluator.candidates
+            seconds = time.perf_counter() - started
+            traces[name].append(Trace(tuple(c.accuracy for c in found), tuple(float(c.macs) for c in found), seconds))
+            best = max(found, key=lambda candidate: candidate.accuracy)
+            regrets[name].append(optimum - evaluator.accuracy(best.policy))
+    return standings(traces, evaluations, macs), regrets
 
 
 def run_agent(agent: Agent, env: PruningEnv, *, seed: int) -> None:

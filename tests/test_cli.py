@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import torch
 from typer.main import get_command
 
 import autoprune
-from autoprune import cli, models, preparation
+from autoprune import cli, export, models, preparation
 from autoprune.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,6 +142,49 @@ def test_pick_report_and_finalize(
     assert json.loads((out / "pruned" / "recipe.json").read_text())["measured"]["fidelity"] == "full"
     assert run("finalize", str(out), "--epochs", "1") == 2
     assert "the test set is read once" in capsys.readouterr().err
+
+
+def test_agents_are_compared(
+    folder: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("search", "result"):  # what takes the time at the end of each search
+        monkeypatch.setattr(importlib.import_module(f"autoprune.{name}"), "render", lambda folder: folder.report)
+    monkeypatch.setattr(export, "_save_program", lambda *_: None)
+    out = folder / "compared"
+    command = ["compare", "--agents", "analytic", "--seeds", "2", "--candidates", "2", "--control", "1"]
+    command += ["--budget", "macs<=40%", "--sensitivity", "", "--calibration-images", "200", "--weights", str(weights)]
+    assert run(*command, "--out", str(out), "--json") == 0
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out.splitlines()[-1])
+    assert set(printed) == {"evaluations", "seeds", "evaluated", "dense", "table", "differences", "words", "out"}
+    assert {row["agent"] for row in printed["table"]} == {"analytic", "uniform", "random"}
+    assert printed["words"][0] in captured.out
+    assert f"page: {out / 'compare.html'}" in captured.out
+    assert (out / "compare.html").stat().st_size > 1_000_000  # plotly is inside
+    (out / "compare.html").unlink()
+    assert run("report", str(out)) == 0
+    assert (out / "compare.html").exists()
+    assert run("pick", str(out / "analytic" / "0"), "--budget", "macs<=40%") == 0  # each search stands by itself
+    capsys.readouterr()
+    assert run(*command, "--out", str(out), "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == printed
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--agents", "tpee"], "Did you mean 'tpe'"),
+        (["--seeds", "0"], "`seeds >= 1`"),
+        (["--finalize", "0"], "finalize"),
+    ],
+)
+def test_a_comparison_that_makes_no_sense_is_one_line(
+    more: list[str], said: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["compare", "--budget", "macs<=40%", "--weights", str(weights), "--out", str(tmp_path / "out")]
+    assert run(*common, *more) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_sensitivity_shards_merge_and_serve_a_search(
@@ -350,7 +394,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]  # the app has several commands
-    assert set(commands) == {"search", "sensitivity", "pick", "finalize", "report", "evaluate", "train"}
+    assert set(commands) == {"search", "compare", "sensitivity", "pick", "finalize", "report", "evaluate", "train"}
     for name in commands:
         assert run(name, "--help") == 0
         assert f"autoprune {name}" in re.sub(r"\s+", " ", capsys.readouterr().out)

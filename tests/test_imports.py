@@ -24,7 +24,7 @@ _PREDICTION = f"{_EVALUATION} separable analytic"
 _OUTPUT = "fidelity pareto report export finaliser tracking result"
 _RESULT = f"_version {_PREDICTION} bounds rewards settings preparation sensitivity {_OUTPUT}"
 _PARTS = f"{_RESULT} environment"
-_ALL = f"{_PARTS} search search_spaces agents autoprune"
+_ALL = f"{_PARTS} search standings compare search_spaces agents autoprune"
 
 # The layers, low to high: a unit (a module or sub-package of autoprune; "autoprune" is the root), and the units that it
 # may import when it runs. A row names only rows above it. Imports under `if TYPE_CHECKING` are free.
@@ -65,9 +65,11 @@ LAYERS = {
     "preparation": f"{_PREDICTION} bounds settings",
     "result": f"{_EVALUATION} settings preparation sensitivity pareto report finaliser tracking",
     "search": _PARTS,
+    "standings": "errors pareto",
+    "compare": f"{_PARTS} search standings",
     "search_spaces": f"{_NETWORK} sensitivity",
     "agents": f"{_NETWORK} scoring evaluation separable analytic sensitivity environment search_spaces",
-    "autoprune": f"{_PARTS} search",
+    "autoprune": f"{_PARTS} search standings compare",
     "testing": _ALL,
     "cli": _ALL,
 }
@@ -80,7 +82,7 @@ DOORS = {
     "plotly": {"autoprune.report"},
     "ray": {"autoprune.evaluation.ray"},
     "rich": {"autoprune.cli"},
-    "scipy": {"autoprune.structure.labels", "autoprune.evaluation.race", "autoprune.fidelity"},
+    "scipy": {"autoprune.structure.labels", "autoprune.evaluation.race", "autoprune.fidelity", "autoprune.standings"},
     "sklearn": {"autoprune.data"},
     "stable_baselines3": {"autoprune.agents.amc"},
     "torch_pruning": set(),

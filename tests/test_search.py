@@ -279,6 +279,7 @@ def test_the_config_holds_everything_resolved(done: Done) -> None:
         **{"units": ["channels", "heads"], "multiple": 1, "normalised": False},
         **{"recover": "reconstructed", "moments_memory": 2.0, "precision": "auto"},
         **{"activations_memory": 2.0, "promote": 1.0, "race": False, "protocol": "resource", "shared_steps": 0},
+        **{"agent_seed": None},
     }
     assert {"python", "torch", "optuna", "autoprune"} <= config["versions"].keys()
 
@@ -309,7 +310,8 @@ def test_the_result_says_what_happened(done: Done) -> None:
     assert result["evaluations"] == len(lines)
     assert result["candidates"] == 6
     assert result["stopped"] is None
-    assert result["seconds"] > 0
+    assert result["seconds"] > result["proposing_seconds"] > 0
+    assert len(set(result["proposed"])) == result["candidates"]
     dense = measure(done.task.model, done.task.val_batches(500), top1, cross_entropy).summary("dense")
     assert result["dense"]["accuracy"] == dense.accuracy
     assert result["dense"]["accuracy_se"] == pytest.approx(dense.accuracy_se)
@@ -530,7 +532,7 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_ledger(
     watcher = Watcher()
     result = run(out, progress=watcher)
     assert ledger_of(out) == whole
-    timed: dict[str, Any] = {"seconds": 0, "latency": {}}
+    timed: dict[str, Any] = {"seconds": 0, "proposing_seconds": 0, "latency": {}}
     assert result.summary | timed == done.result.summary | timed
     assert read(out / "front.json") == read(done.out / "front.json")
     assert (out / "sensitivity.json").read_bytes() == (done.out / "sensitivity.json").read_bytes()

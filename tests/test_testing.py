@@ -1,4 +1,5 @@
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from autoprune.agents.base import Agent, Objectives
+from autoprune.agents.optuna import NSGA2Agent, TPEAgent
 from autoprune.agents.random import RandomAgent
-from autoprune.cost import FeasibleSet
+from autoprune.cost import Budget, CostModel, FeasibleSet
 from autoprune.environment import PruningEnv
 from autoprune.errors import SearchOver
 from autoprune.policy import Policy
@@ -25,6 +28,7 @@ from autoprune.testing import (
     TinyNet,
     TinyResNet,
     chain,
+    compare_agents,
     synthetic_env,
 )
 
@@ -89,9 +93,86 @@ def test_the_optimum_is_not_beaten() -> None:
     assert max(tried) <= evaluator.accuracy(optimum)
 
 
-def test_an_optimum_that_takes_too_long_is_refused() -> None:
-    with pytest.raises(ValueError, match="trying all"):
-        SyntheticEvaluator(chain((16, 16, 16, 16, 16)), evaluations=1).optimum()
+@pytest.mark.parametrize("interaction", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("budget", ["macs<=50%", "macs<=10%", "params<=40%"])
+def test_the_optimum_is_that_of_trying_all(budget: str, interaction: float) -> None:
+    feasible = chain((5, 4, 6), budget)
+    evaluator = SyntheticEvaluator(feasible, evaluations=1, seed=4, interaction=interaction)
+    ranges = [range(low, high + 1) for low, high in zip(feasible.lower, feasible.upper, strict=True)]
+    every = [np.array(counts) for counts in itertools.product(*ranges)]
+    within = [feasible.policy(counts) for counts in every if feasible.utilisation(counts) <= 1]
+    assert evaluator.regret(max(within, key=evaluator.accuracy)) == pytest.approx(0, abs=1e-12)
+    assert evaluator.optimum() in within
+
+
+def test_the_optimum_of_a_wide_network_is_known_in_no_time() -> None:
+    feasible = chain((16, 16, 32, 32, 32))
+    evaluator = SyntheticEvaluator(feasible, evaluations=1)
+    separable = evaluator.predicted().allocate(feasible)
+    assert 0 < evaluator.regret(separable) < 0.1
+
+
+class Concatenates(nn.Module):
+    """What is removed from the first convolution has a price with the third's, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.conv3, self.fc = nn.Conv2d(8, 4, 3, padding=1), nn.Linear(4, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        first = self.conv1(images).relu()
+        both = torch.cat([first, self.conv2(first).relu()], 1)
+        return self.fc(self.conv3(both).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_an_optimum_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="one limit on MACs or parameters"):
+        SyntheticEvaluator(chain((4, 4), "macs<=50%,params<=50%"), evaluations=1).optimum()
+    model, images = Concatenates(), torch.zeros(1, 3, 8, 8)
+    structure = analyse(model, images)
+    feasible = FeasibleSet.build(structure, CostModel(model, images, structure), Budget.parse("macs<=50%"))
+    assert len(structure) == 3
+    with pytest.raises(ValueError, match="one of neighbours"):
+        SyntheticEvaluator(feasible, evaluations=1).optimum()
+
+
+def test_without_interaction_losses_add_up_and_with_a_strong_one_they_do_not() -> None:
+    def gap(interaction: float) -> float:
+        evaluator = SyntheticEvaluator(chain((8, 8)), evaluations=1, interaction=interaction)
+        alone = [evaluator.accuracy(Policy({"conv1": a, "conv2": b})) for a, b in ((0.5, 0.0), (0.0, 0.5))]
+        return sum(1 - one for one in alone) - (1 - evaluator.accuracy(Policy({"conv1": 0.5, "conv2": 0.5})))
+
+    assert gap(0.0) == pytest.approx(0)
+    assert gap(10.0) < 3 * gap(1.0) < 0
+
+
+def test_an_error_belongs_to_its_policy() -> None:
+    feasible = chain((8, 8, 8))
+    policies = [feasible.policy(np.array([a, b, 3])) for a in range(8) for b in range(8)]
+
+    def errors(**options: Any) -> np.ndarray[Any, Any]:
+        evaluator = SyntheticEvaluator(feasible, evaluations=100, noise=0.02, **options)
+        return np.array([evaluator(policy).accuracy - evaluator.accuracy(policy) for policy in reversed(policies)])
+
+    assert np.array_equal(errors(seed=1), errors(seed=1))
+    assert not np.array_equal(errors(seed=1), errors(seed=2))
+    assert 0.015 < errors(seed=1).std() < 0.025
+    assert SyntheticEvaluator(feasible, evaluations=1, noise=5.0).told(policies[0]) in (0.0, 1.0)
+
+
+def test_agents_are_compared_in_seconds() -> None:
+    agents = {"tpe": TPEAgent(), "nsga2": NSGA2Agent()}
+    found, regrets = compare_agents(agents, evaluations=30, seeds=3)
+    again, _ = compare_agents(agents, evaluations=30, seeds=3)
+    assert [(row.agent, row.accuracies, row.hypervolumes) for row in found.table] == [
+        (row.agent, row.accuracies, row.hypervolumes) for row in again.table
+    ]
+    assert {row.agent for row in found.table} == {"tpe", "nsga2", "random", "uniform"}
+    means = {agent: np.mean(several) for agent, several in regrets.items()}
+    assert all(regret >= 0 for several in regrets.values() for regret in several)
+    assert means["tpe"] < means["random"] < means["uniform"]
+    assert any(word.startswith("uniform picks") and "less than random" in word for word in found.words)
 
 
 def test_repetitions_are_free_until_they_are_too_many() -> None:

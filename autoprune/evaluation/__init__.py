@@ -7,6 +7,7 @@ from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
 from autoprune.evaluation.pipeline import Outcome, Pipeline, Probe, Recovery
 from autoprune.evaluation.precision import AGREEMENT, PRECISIONS, Choice, Precision, chosen
+from autoprune.evaluation.shared import Shared
 from autoprune.evaluation.workbench import Workbench
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Result",
     "Runs",
     "Samples",
+    "Shared",
     "Work",
     "Workbench",
     "chosen",

@@ -53,6 +53,7 @@ class Evaluator:
 
     Attributes:
         watch: Called with every candidate as soon as it is known: on disk, or asked for and found there.
+        waited: Seconds in which evaluations were waited for.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Evaluator:
         self.executor: Executor = InProcess() if executor is None else executor
         self.at_once = self.executor.at_once if at_once is None else at_once
         self.watch: Callable[[Candidate], None] = lambda candidate: None
+        self.waited = 0.0
         self._seen: set[str] = set()
         self._started = False
         self._pending: dict[str, _Proposal] = {}
@@ -133,6 +135,7 @@ class Evaluator:
 
     def _collect(self) -> None:
         """Write down the evaluation that is done next."""
+        started = time.monotonic()
         try:
             outcome = self.executor.finished()
         except BaseException:  # who interrupts, or mends what was raised, may evaluate the same again
@@ -140,6 +143,8 @@ class Evaluator:
             self._pending.clear()
             self.executor.close()
             raise
+        finally:
+            self.waited += time.monotonic() - started
         proposal = self._pending[outcome.id]
         candidate = Candidate(
             number=proposal.number,
@@ -195,6 +200,11 @@ class Arm:
         self.limit = limit
         self.candidates: dict[str, Candidate] = {}
         self.stopped: str | None = None
+
+    @property
+    def proposed(self) -> tuple[str, ...]:
+        """The ids of the distinct policies, in the order of proposal."""
+        return tuple(self._proposed)
 
     def submit(self, policy: Policy) -> Result:
         """Begin to evaluate a policy.

@@ -19,6 +19,7 @@ __all__ = [
     "MONO",
     "MUTED",
     "PURPLE",
+    "SERIES",
     "SHADES",
     "VERMILION",
     "label_room",
@@ -33,6 +34,7 @@ __all__ = [
 INK, MUTED, RULE, FAINT = "#1c2733", "#5f6b7a", "#e4e8ed", "#a9c6dd"
 BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#a8578a"
 BAND = "rgba(0, 114, 178, 0.25)"
+SERIES = (BLUE, VERMILION, "#c58b00", "#3d9fd3", INK)  # where there are many lines, then again in dashes
 SHADES = [(0.0, "#f4f8fb"), (0.1, "#d5e5f1"), (0.3, "#8fbbdb"), (0.6, "#2f7fb8"), (0.85, "#0b4f86"), (1.0, "#062f57")]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'Liberation Sans', sans-serif"
 MONO = "ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"

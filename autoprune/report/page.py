@@ -1,23 +1,28 @@
-"""The HTML page: its words, tables and look, and writing it. The figures come from `figures.py`.
+"""The HTML page of a run: its words and tables, and writing it. The figures come from `figures.py`.
 
-Everything the page needs is inside it, Plotly's JavaScript too, and a content security policy forbids it to load
-anything else. All text that comes from a run is escaped.
+All text that comes from a run is escaped.
 """
 
-import html
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io
-from plotly.offline import get_plotlyjs
 
-from autoprune.errors import RunError
 from autoprune.report.data import Run, read_run
 from autoprune.report.figures import figures
-from autoprune.report.style import STYLE
+from autoprune.report.parts import (
+    CONFIG,
+    coded,
+    document,
+    duration,
+    escaped,
+    figure_section,
+    html_table,
+    settings_section,
+    write_page,
+)
 from autoprune.report.wording import bytes_text, findings, headline, measured, percent, quantity, share, signed
 
 __all__ = ["figure_files", "page", "write_report"]
@@ -38,7 +43,6 @@ KNOWN = {
 }
 
 LOWEST = "The lowest marks may lie below the axis: drag to zoom, double-click to see all."
-CONFIG = {"displayModeBar": False, "responsive": True}
 
 
 def write_report(run: Path) -> Path:
@@ -47,14 +51,7 @@ def write_report(run: Path) -> Path:
     Raises:
         RunError: The folder is not a run, one of its files can't be read, or the page can't be written.
     """
-    text = page(read_run(run))
-    target, temporary = run / "report.html", run / "report.html.part"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
-    except OSError as error:
-        raise RunError(f"'{target}' can't be written ({error.strerror}); make the folder writable") from error
-    return target
+    return write_page(run / "report.html", page(read_run(run)))
 
 
 def figure_files(run: Path, folder: Path) -> list[Path]:
@@ -84,19 +81,9 @@ def page(run: Run) -> str:
         _groups(run),
         _locked(run),
         _failures(run),
-        _settings(run),
+        settings_section({key.capitalize(): run.config.get(key) or {} for key in ("task", "search", "versions")}),
     ]
-    title = _text(f"{_title(run)} · autoprune")
-    return (
-        "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
-        "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; script-src 'unsafe-inline'; "
-        "style-src 'unsafe-inline'; img-src data: blob:\">\n"
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n</main>\n<script type='application/json' id='figures'>{_script_data(drawn)}</script>\n"
-        f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    return document(f"{_title(run)} · autoprune", sections, drawn)
 
 
 # ----------------------------------------------------------------------------------------------------------- sections
@@ -123,13 +110,13 @@ def _header(run: Run) -> str:
         )
         tiles = f"<dl class='tiles'>{tiles}</dl>"
     return (
-        f"<header><p class='eyebrow'>autoprune · {_text(run.name)}</p><h1>{_text(_title(run))}</h1>"
-        f"<p class='lead'>{_text(headline(run))}</p>{tiles}</header>"
+        f"<header><p class='eyebrow'>autoprune · {escaped(run.name)}</p><h1>{escaped(_title(run))}</h1>"
+        f"<p class='lead'>{escaped(headline(run))}</p>{tiles}</header>"
     )
 
 
 def _result(run: Run) -> str:
-    notes = "".join(f"<li>{_code(ABSENT[name])}</li>" for name in run.missing)
+    notes = "".join(f"<li>{coded(ABSENT[name])}</li>" for name in run.missing)
     notes = f"<ul class='absent'>{notes}</ul>" if notes else ""
     if not run.result or not run.picked:
         return f"<section><h2>State of the run</h2>{notes}</section>" if notes else ""
@@ -141,19 +128,19 @@ def _result(run: Run) -> str:
     if random.get("best"):
         label = "Random, one policy" if random["size"] == 1 else f"Random, best of {random['size']}"
         rows.append(_compared(run, label, random["best"]))
-    table = _table(
+    table = html_table(
         ["", "Accuracy", "Δ points", "MACs", "of dense", "Parameters", "of dense", "Size", "Recovery"],
         rows,
         text_columns=(0, 8),
     )
-    found = "".join(f"<div><dt>{_text(title)}</dt><dd>{_code(text)}</dd></div>" for title, text in findings(run))
+    found = "".join(f"<div><dt>{escaped(title)}</dt><dd>{coded(text)}</dd></div>" for title, text in findings(run))
     effort = f"{result['evaluations']} evaluations"
     if result.get("seconds"):
-        effort += f", {_duration(result['seconds'])}"
+        effort += f", {duration(result['seconds'])}"
     return (
-        f"<section><h2>Dense against picked</h2><p class='caption'>Picked: {_text(picked['rule'])}, by "
-        f"{_text(result['agent'])} in {_text(effort)}. Accuracy is that of the validation set, ± one standard error; "
-        "the error of a difference takes both as independent, which on the same images overstates it.</p>"
+        f"<section><h2>Dense against picked</h2><p class='caption'>Picked: {escaped(picked['rule'])}, by "
+        f"{escaped(result['agent'])} in {escaped(effort)}. Accuracy is that of the validation set, ± one standard "
+        "error; the error of a difference takes both as independent, which on the same images overstates it.</p>"
         f"{table}{_final_table(run)}<dl class='findings'>{found}</dl>{notes}</section>"
     )
 
@@ -163,7 +150,7 @@ def _compared(run: Run, label: str, item: Mapping[str, Any], css: str = "") -> t
     dense = run.dense
     line = run.line(item["id"]) if "id" in item else item
     return css, [
-        _text(label),
+        escaped(label),
         measured(item["accuracy"], item.get("accuracy_se")),
         signed(item["accuracy"] - dense["accuracy"]) if "id" in item else "",
         quantity(item["macs"]),
@@ -171,7 +158,7 @@ def _compared(run: Run, label: str, item: Mapping[str, Any], css: str = "") -> t
         quantity(item["params"]),
         share(item["params"], dense["params"]),
         bytes_text(line["bytes"]) if line else "",
-        _text(item["fidelity"]) if "id" in item else "",
+        escaped(item["fidelity"]) if "id" in item else "",
     ]
 
 
@@ -187,14 +174,14 @@ def _final_table(run: Run) -> str:
         )
         if run.final.get(key)
     ]
-    epochs = _text(str(run.final["epochs"]))
-    return _table([f"After full fine-tuning ({epochs} epochs)", "Accuracy"], rows, css="narrow")
+    epochs = escaped(str(run.final["epochs"]))
+    return html_table([f"After full fine-tuning ({epochs} epochs)", "Accuracy"], rows, css="narrow")
 
 
 def _front(run: Run, drawn: Mapping[str, go.Figure]) -> str:
     size = len(run.finalists or run.rows)
     volume = f" Hypervolume of the front: {run.front['hypervolume']:.3f} of at most 1." if run.front else ""
-    return _figure_section(
+    return figure_section(
         drawn,
         "front",
         "The front",
@@ -225,11 +212,11 @@ def _policy(run: Run, drawn: Mapping[str, go.Figure]) -> str:
         )
         if run.result and run.result.get("uniform"):
             text += " The green stroke is uniform pruning at the same cost."
-    return _figure_section(drawn, "policy", "What is removed where", text)
+    return figure_section(drawn, "policy", "What is removed where", text)
 
 
 def _progress(run: Run, drawn: Mapping[str, go.Figure]) -> str:
-    return _figure_section(
+    return figure_section(
         drawn,
         "progress",
         "Progress of the search",
@@ -247,12 +234,13 @@ def _fidelity(run: Run) -> str:
     for one in found:
         compared = f"{one['last']}, {one['candidates']}"
         known = KNOWN.get(one["known"], one["known"])
-        rows.append(("", [_text(known), _text(compared), _tau(one["all"]), _tau(one["better"])]))
+        rows.append(("", [escaped(known), escaped(compared), _tau(one["all"]), _tau(one["better"])]))
+    table = html_table(["Known", "Compared with", "All", "Better half"], rows, text_columns=(0, 1), css="narrow")
     return (
         "<section><h2>How well cheap knowledge ranks</h2><p class='caption'>Kendall's tau between what is known early "
         "of a candidate and its accuracy at a later rung, over the candidates that reached it, and over the better "
         "half of them: 1 is the same order, 0 is none. In brackets, bootstrap intervals of 95&nbsp;%.</p>"
-        f"{_table(['Known', 'Compared with', 'All', 'Better half'], rows, text_columns=(0, 1), css='narrow')}</section>"
+        f"{table}</section>"
     )
 
 
@@ -277,7 +265,7 @@ def _sensitivity(run: Run, drawn: Mapping[str, go.Figure]) -> str:
             f"Near half removed, {first['name']} loses most ({signed(low['accuracy'] - dense)} points) and "
             f"{last['name']} least ({signed(high['accuracy'] - dense)}). "
         )
-    curves = _figure_section(
+    curves = figure_section(
         drawn,
         "curves",
         "Sensitivity of each group",
@@ -286,7 +274,7 @@ def _sensitivity(run: Run, drawn: Mapping[str, go.Figure]) -> str:
         "one pass of first-order Taylor predicts; and what the moments of the layers' inputs predict without an "
         "evaluation: the share of the network's output that is lost after the best compensation (log scale).",
     )
-    heat = _figure_section(
+    heat = figure_section(
         drawn,
         "heatmap",
         "Sensitivity at a glance",
@@ -305,14 +293,14 @@ def _groups(run: Run) -> str:
     for group in run.groups:
         cell = _cell_near(group, 0.5)
         coupled = [layer for layer in group["layers"] if layer != group["name"]]
-        also = f"<small>with {_text(', '.join(coupled))}</small>" if coupled else ""
+        also = f"<small>with {escaped(', '.join(coupled))}</small>" if coupled else ""
         rows.append(
             (
                 "",
                 [
-                    f"{_text(group['name'])}{also}",
-                    _text(group["kind"]),
-                    _text(str(group["size"])),
+                    f"{escaped(group['name'])}{also}",
+                    escaped(group["kind"]),
+                    escaped(str(group["size"])),
                     percent(group["macs_share"]),
                     f"{signed(cell['accuracy'] - dense)} at {percent(cell['sparsity'], 0)}" if cell else "",
                     _largest_harmless(group, dense),
@@ -325,15 +313,18 @@ def _groups(run: Run) -> str:
         "<section><h2>Groups</h2><p class='caption'>Layers that can only be pruned together are one group. MACs share: "
         "what the layers that write or read the group cost (shares overlap, so they do not add up to 100&nbsp;%). "
         "Within 1 point: the largest measured sparsity of the group alone that loses no more than that.</p>"
-        f"{_table(headings, rows, text_columns=(0, 1))}</section>"
+        f"{html_table(headings, rows, text_columns=(0, 1))}</section>"
     )
 
 
 def _locked(run: Run) -> str:
     if not run.locked:
         return ""
-    rows = [("", [_text(g["name"]), _text(g["kind"]), _text(str(g["size"])), _text(g["reason"])]) for g in run.locked]
-    table = _table(["Elements", "Kind", "Size", "Reason"], rows, text_columns=(0, 1, 3))
+    rows = [
+        ("", [escaped(g["name"]), escaped(g["kind"]), escaped(str(g["size"])), escaped(g["reason"])])
+        for g in run.locked
+    ]
+    table = html_table(["Elements", "Kind", "Size", "Reason"], rows, text_columns=(0, 1, 3))
     return (
         "<section><h2>What can't be pruned</h2><p class='caption'>Not measured and not ranked: these are not robust, "
         f"they are out of reach.</p>{table}</section>"
@@ -343,56 +334,14 @@ def _locked(run: Run) -> str:
 def _failures(run: Run) -> str:
     if not run.failures:
         return ""
-    rows = [("", [str(line["number"]), _text(line["id"]), _text(str(line["failure"]))]) for line in run.failures]
+    rows = [("", [str(line["number"]), escaped(line["id"]), escaped(str(line["failure"]))]) for line in run.failures]
     return (
         "<section><h2>Failed candidates</h2><p class='caption'>Recorded and left out of every figure.</p>"
-        f"{_table(['Number', 'Candidate', 'Reason'], rows, text_columns=(0, 1, 2))}</section>"
+        f"{html_table(['Number', 'Candidate', 'Reason'], rows, text_columns=(0, 1, 2))}</section>"
     )
-
-
-def _settings(run: Run) -> str:
-    blocks = ""
-    for title, key in (("Task", "task"), ("Search", "search"), ("Versions", "versions")):
-        items = [f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in _flat(run.config.get(key) or {})]
-        if items:
-            blocks += f"<div><h3>{title}</h3><dl>{''.join(items)}</dl></div>"
-    return f"<section><h2>Settings</h2><div class='settings'>{blocks}</div></section>" if blocks else ""
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
-
-
-def _figure_section(drawn: Mapping[str, go.Figure], name: str, title: str, caption: str) -> str:
-    if name not in drawn:
-        return ""
-    height = int(drawn[name].layout.height)
-    return (
-        f"<section><h2>{title}</h2><p class='caption'>{_text(caption)}</p>"
-        f"<div class='figure' id='figure-{name}' style='height:{height}px'></div></section>"
-    )
-
-
-def _table(
-    headings: Sequence[str],
-    rows: Iterable[tuple[str, Sequence[str]]],
-    *,
-    text_columns: Sequence[int] = (0,),
-    css: str = "",
-) -> str:
-    """Return a table of cells that are HTML already; columns hold numbers but for the `text_columns`."""
-
-    def cell(tag: str, index: int, content: str) -> str:
-        return f"<{tag}{'' if index in text_columns else ' class=number'}>{content}</{tag}>"
-
-    head = "".join(cell("th", index, content) for index, content in enumerate(headings))
-    body = ""
-    for css_row, cells in rows:
-        row = "".join(cell("td", index, content) for index, content in enumerate(cells))
-        body += f"<tr{f' class={css_row}' if css_row else ''}>{row}</tr>"
-    return (
-        f"<div class='scroll'><table{f' class={css}' if css else ''}><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )
 
 
 def _title(run: Run) -> str:
@@ -413,45 +362,3 @@ def _largest_harmless(group: Mapping[str, Any], dense: float) -> str:
             break
         largest = cell["sparsity"]
     return percent(largest, 0) if group["cells"] else ""
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Yield nested settings as dotted names and short texts."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
-            yield f"{prefix}{key}", text if len(text) <= 120 else f"{text[:119]}…"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def _text(text: str) -> str:
-    return html.escape(text)
-
-
-def _code(text: str) -> str:
-    """Return escaped text with `backticked` parts set as code."""
-    parts = _text(text).split("`")
-    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
-
-
-def _script_data(drawn: Mapping[str, go.Figure]) -> str:
-    """Return the figures as JSON that can stand inside a script element, whatever strings are in it."""
-    text = ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in drawn.items())
-    return f"{{{text}}}".replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-SCRIPT = f"""
-const figures = JSON.parse(document.getElementById("figures").textContent);
-const plots = Object.entries(figures).map(([name, figure]) =>
-  Plotly.newPlot("figure-" + name, figure.data, figure.layout, {json.dumps(CONFIG)}));
-Promise.all(plots).then(() => {{ document.body.dataset.drawn = plots.length; }});
-"""

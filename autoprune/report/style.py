@@ -43,6 +43,8 @@ td small { display: block; color: var(--muted); font-size: 12px; line-height: 1.
   border-top: 1px solid var(--rule); }
 .findings dt { font-weight: 600; font-size: 14px; }
 .findings dd { font-size: 14px; color: #36424f; }
+.words { margin: 10px 0 0; padding-left: 20px; max-width: 62em; }
+.words li { margin: 4px 0; }
 .absent { margin: 18px 0 0; padding: 12px 16px 12px 32px; background: #fff8ee; border-radius: 8px; font-size: 14px; }
 code { font: .92em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .settings { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 24px 40px;

@@ -171,6 +171,12 @@ def _prediction(picked: Mapping[str, Any], predicted: Mapping[str, Any]) -> str:
 
 
 def _unseen(run: Run) -> str:
+    if run.final and "test" not in run.final:
+        val = measured(run.final["val"]["accuracy"], run.final["val"]["accuracy_se"])
+        return (
+            f"After full fine-tuning ({run.final['epochs']} epochs) the validation set, which the picked candidate was "
+            f"chosen on, gives {val}; no test set has been read."
+        )
     if run.final:
         final = run.final
         text = (

@@ -410,6 +410,13 @@ class TestVerdict:
         (run / "final.json").unlink()
         assert "which flatters it" in dict(findings(read_run(run)))["Not seen by the search"]
 
+    def test_fine_tuned_without_a_test_set_says_so(self, demo, run):
+        final = demo.files["final.json"]
+        (run / "final.json").write_text(json.dumps({"epochs": 10, "val": final["val"]}))
+        text = outline(run).text
+        assert "chosen on, gives 92.1\u202f±\u202f0.4\u202f%; no test set has been read" in text
+        assert "Dense, test set" not in text
+
     def test_an_early_stop_is_said(self, run):
         changed(run, "result.json", stopped="time limit")
         assert "time limit" in dict(findings(read_run(run)))["Stopped early"]

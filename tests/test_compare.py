@@ -1,0 +1,441 @@
+"""The comparison: every policy measured once, every agent charged for it, nothing lost when it is killed."""
+
+import functools
+import importlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autoprune
+from autoprune import export
+from autoprune.agents.base import Objectives
+from autoprune.agents.optuna import TPEAgent
+from autoprune.compare import Comparison, compare
+from autoprune.environment import PruningEnv
+from autoprune.errors import ConfigError, RunError, TestSetError, UnknownNameError
+from autoprune.evaluation import InProcess, Ledger, Outcome, Pipeline, Work
+from autoprune.finetuning import Recipe, train
+from autoprune.policy import Policy
+from autoprune.progress import Silent
+from autoprune.result import open_run
+from autoprune.run import RunFolder
+from autoprune.search import search
+from autoprune.task import Task, cross_entropy
+from autoprune.testing import TinyNet
+from autoprune.tracking import NullTracker
+
+pytestmark = pytest.mark.usefixtures("global_rng_untouched", "light")
+
+SETTINGS: dict[str, Any] = {
+    "agents": ["tpe"],
+    "seeds": 2,
+    "candidates": 4,
+    "control": 1,
+    "budget": "macs<=50%",
+    "calibration_images": 100,
+    "sensitivity": (0.5,),
+}
+AGENTS = ("tpe", "uniform", "random")
+
+
+def lighten(patch: pytest.MonkeyPatch) -> None:
+    """Leave out what takes the time at the end of each search: reports, figures and the exported program."""
+    for name in ("search", "result", "compare"):  # of which some are functions as the package's attributes
+        patch.setattr(importlib.import_module(f"autoprune.{name}"), "render", lambda folder: folder.report)
+    patch.setattr(export, "_save_program", lambda *_: None)
+    patch.setattr("autoprune.report.write_comparison", lambda folder: folder / "compare.html")
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    lighten(monkeypatch)
+
+
+def samples(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images of ten noisy patterns, `(n, 1, 8, 8)`, and which of them each is."""
+    patterns = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(99))
+    targets = torch.arange(n) % 10
+    return patterns[targets] + 0.6 * torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed)), targets
+
+
+@functools.cache
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = TinyNet()
+    task = Task(model, train=samples(200, 1), val=samples(100, 2))
+    train(model, task.train_batches(40, 0), 60, recipe=Recipe(lr=0.2), loss=cross_entropy, seed=0)
+    return model.eval()
+
+
+def make_task(**changes: Any) -> Task:
+    return Task(network(), **({"train": samples(200, 1), "val": samples(100, 2), "test": samples(60, 3)} | changes))
+
+
+def run(out: Path, task: Task | None = None, **changes: Any) -> Comparison:
+    return compare(make_task() if task is None else task, out=out, **(SETTINGS | changes))
+
+
+def table(out: Path) -> Any:
+    """Return the contents of `compare.json`, without the time that anything took."""
+    document = json.loads((out / "compare.json").read_text())
+    for row in document["table"]:
+        del row["seconds"]
+    return document
+
+
+class Counting:
+    """Runs policies here, counts them, and may be killed."""
+
+    def __init__(self, at_once: int = 1, kill_at: int | None = None) -> None:
+        self.at_once = at_once
+        self.evaluated: Counter[str] = Counter()
+        self.starts = 0
+        self._kill_at = kill_at
+        self._inner = InProcess()
+
+    def start(self, pipeline: Any) -> None:
+        self.starts += 1
+        self._inner.start(pipeline)
+
+    def submit(self, work: Work) -> None:
+        self._inner.submit(work)
+
+    def finished(self) -> Outcome:
+        outcome = self._inner.finished()
+        self.evaluated[outcome.id] += 1
+        if self.evaluated.total() == self._kill_at:
+            raise KeyboardInterrupt
+        return outcome
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class Fixed:
+    """Proposes the same policies with every seed."""
+
+    objectives: ClassVar[Objectives] = "one"
+
+    def __init__(self, shift: float = 0.0) -> None:
+        self.shift = shift
+
+    def run(self, env: PruningEnv, *, seed: int) -> None:
+        for value in np.linspace(0.1, 0.9, env.evaluations):
+            env.submit(env.space.decode([(value + self.shift) % 1] * len(env.space.dimensions)))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Counting, Comparison]]:
+    """A comparison that many tests look at."""
+    out, counting = tmp_path_factory.mktemp("compare") / "out", Counting()
+    with pytest.MonkeyPatch.context() as patch:
+        lighten(patch)
+        yield out, counting, run(out, executor=counting)
+
+
+# -- what it leaves ---------------------------------------------------------------------------------------------------
+
+
+def test_every_agent_and_seed_is_a_search_of_its_own(done: tuple[Path, Counting, Comparison]) -> None:
+    out, _, result = done
+    for agent in AGENTS:
+        for seed in range(2):
+            opened = open_run(out / agent / str(seed), make_task())
+            assert opened.summary["agent"] == agent
+            assert opened.summary["candidates"] == 4
+            assert opened.pick().candidate.macs <= 0.5 * opened.dense["macs"]
+    assert {row["agent"] for row in result.document["table"]} == set(AGENTS)
+    assert result.document["seeds"] == 2
+    assert result.document["search"]["seed"] == 0
+    assert "agent" not in result.document["search"]
+    assert result.to_dict()["table"] == result.document["table"]
+    assert json.loads(json.dumps(result.to_dict()))["out"] == str(out)
+
+
+def test_each_policy_is_evaluated_once_and_every_agent_charged_for_its_own(
+    done: tuple[Path, Counting, Comparison],
+) -> None:
+    out, counting, result = done
+    ledgers = [Ledger(out / agent / str(seed) / "ledger.jsonl") for agent in AGENTS for seed in range(2)]
+    policies = {candidate.id for ledger in ledgers for candidate in ledger}
+    candidates = {name: number for name, number in counting.evaluated.items() if not name.startswith("probe")}
+    assert candidates == dict.fromkeys(policies, 1)
+    assert result.document["evaluated"] <= len(policies)  # which count the controls, too
+    assert result.document["evaluated"] < 4 * len(AGENTS) * 2  # uniform's are the same with every seed
+    assert all(row["evaluations"]["values"] == [4, 4] for row in result.document["table"])
+    assert counting.starts == 1  # one executor for all
+
+
+def test_what_is_the_same_for_all_is_measured_once(done: tuple[Path, Counting, Comparison]) -> None:
+    out, counting, _ = done
+    probes = [number for name, number in counting.evaluated.items() if name.startswith("probe")]
+    assert probes == [1, 1]  # two groups at one sparsity
+    for name in ("sensitivity.json", "precision.json", "moments.safetensors"):
+        assert len({(out / agent / str(seed) / name).read_bytes() for agent in AGENTS for seed in range(2)}) == 1
+
+
+def test_the_agents_seed_changes_proposals_and_not_what_becomes_of_them(
+    done: tuple[Path, Counting, Comparison], tmp_path: Path
+) -> None:
+    out, _, _ = done
+    proposed = [
+        RunFolder(out / "random" / str(seed)).read(out / "random" / str(seed) / "result.json") for seed in (0, 1)
+    ]
+    assert proposed[0]["proposed"] != proposed[1]["proposed"]
+    for agent, seed in (("random", 1), ("tpe", 0)):
+        options = {key: value for key, value in SETTINGS.items() if key not in ("agents", "seeds")}
+        alone = search(
+            make_task(), out=tmp_path / agent, agent=agent, agent_seed=seed, tracker=NullTracker(), **options
+        )
+        here = {c.id: (c.measurements, c.number) for c in Ledger(out / agent / str(seed) / "ledger.jsonl")}
+        assert {c.id: (c.measurements, c.number) for c in alone.candidates} == here
+
+
+def test_the_pick_is_the_agents_own(done: tuple[Path, Counting, Comparison]) -> None:
+    out, _, result = done
+    for row in result.standings.table:
+        for seed in range(2):
+            folder = RunFolder(out / row.agent / str(seed))
+            own = [Ledger(folder.ledger).get(identity) for identity in folder.read(folder.result)["proposed"]]
+            assert len(own) == 4
+            assert row.accuracies[seed] == max(candidate.accuracy for candidate in own if candidate is not None)
+
+
+# -- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kill_at", [1, 4, 9])
+def test_killed_anywhere_and_run_again_it_ends_with_the_same_table(
+    done: tuple[Path, Counting, Comparison], tmp_path: Path, kill_at: int
+) -> None:
+    out, whole, _ = done
+    first, second = Counting(kill_at=kill_at), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", executor=first)
+    run(tmp_path / "out", executor=second)
+    assert table(tmp_path / "out") == table(out)
+    assert set(first.evaluated) | set(second.evaluated) == set(whole.evaluated)
+    again = [name for name in first.evaluated if name in second.evaluated]
+    assert len(again) <= 1  # what it was killed in
+    for agent in AGENTS:
+        mine, theirs = (
+            [(c.id, c.number, c.measurements) for c in Ledger(folder / agent / "1" / "ledger.jsonl")]
+            for folder in (tmp_path / "out", out)
+        )
+        assert mine == theirs
+
+
+def test_a_finished_one_evaluates_nothing(done: tuple[Path, Counting, Comparison]) -> None:
+    out, _, _ = done
+    before, counting = table(out), Counting()
+    run(out, executor=counting)
+    assert not counting.evaluated
+    assert not counting.starts
+    assert table(out) == before
+
+
+def test_more_seeds_and_agents_go_on_with_what_is_there(tmp_path: Path) -> None:
+    run(tmp_path / "out", agents=[], seeds=1)
+    counting = Counting()
+    result = run(tmp_path / "out", agents={"mine": Fixed()}, seeds=2, executor=counting)
+    assert {row.agent for row in result.standings.table} == {"mine", "uniform", "random"}
+    kept = Ledger(tmp_path / "out" / "random" / "0" / "ledger.jsonl")
+    assert not {candidate.id for candidate in kept} & set(counting.evaluated)
+    fewer = run(tmp_path / "out", agents=[], seeds=1)
+    assert fewer.standings.seeds == 1
+    assert fewer.standings.words[1].startswith("With one seed there are no intervals")
+
+
+def test_with_several_under_way_it_stays_as_it_began(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", seeds=1, executor=Counting(at_once=3, kill_at=5))
+    run(tmp_path / "out", seeds=1)
+    run(tmp_path / "whole", seeds=1, executor=Counting(at_once=3))
+    assert table(tmp_path / "out")["table"] == table(tmp_path / "whole")["table"]
+    folder = RunFolder(tmp_path / "out" / "random" / "0")
+    assert folder.read(folder.config)["parallel"] == {"at_once": 3}
+
+
+def test_what_all_searches_say_is_said_once_and_steps_are_counted_on(tmp_path: Path) -> None:
+    class Watcher(Silent):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+            self.stages: list[tuple[str, int]] = []
+            self.steps: list[int] = []
+
+        def line(self, text: str) -> None:
+            self.lines.append(text)
+
+        def begin(self, stage: str, total: int) -> None:
+            self.stages.append((stage, total))
+
+        def step(self, done: int, text: str) -> None:
+            if self.stages[-1][0] == "comparing":
+                self.steps.append(done)
+
+    watcher = Watcher()
+    run(tmp_path / "out", agents=[], seeds=1, progress=watcher)
+    assert sum("smallest reachable" in line for line in watcher.lines) == 1
+    assert watcher.stages == [("sensitivity", 2), ("comparing", 12)]
+    assert watcher.steps == sorted(watcher.steps)
+    assert watcher.steps[-1] <= 12
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"budget": None}, "needs a budget"),
+        ({"max_drop": 0.1}, "leave out `max_drop`"),
+        ({"time_limit": 10.0}, "leave out `time_limit`"),
+        ({"promote": 0.5, "finetune_steps": 1, "candidates": 8}, "leave out `promote`"),
+        ({"agent": "tpe"}, "`agent` is what is compared"),
+        ({"agent_seed": 1}, "give `agents` and `seeds`"),
+        ({"agents": "tpe"}, "must be a list"),
+        ({"agents": ["tpe", "tpe"]}, "given twice"),
+        ({"agents": [Fixed(), Fixed(0.1)]}, "give each a name of its own"),
+        ({"agents": {"a b": "tpe", "a-b": "tpe"}}, "given twice"),
+        ({"agents": [TPEAgent]}, "an agent is a name or an object"),
+        ({"agents": ["nsga2"], "race": True}, "nsga2 trades accuracy for cost"),
+        ({"seeds": 0}, "`seeds >= 1`"),
+        ({"finalize": 0}, "`finalize >= 1`"),
+    ],
+)
+def test_what_would_be_unequal_or_wrong_is_refused_before_anything_is_done(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run(tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_agent_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'tpe'"):
+        run(tmp_path / "out", agents=["tpee"])
+
+
+def test_another_comparison_does_not_get_the_folder(done: tuple[Path, Counting, Comparison]) -> None:
+    out, _, _ = done
+    with pytest.raises(RunError, match="its candidates is 4, not 5"):
+        run(out, candidates=5)
+    with pytest.raises(RunError, match="holds another search"):
+        run(out, seed=1)
+
+
+def test_without_an_analysis_neither(tmp_path: Path) -> None:
+    run(tmp_path / "out", agents=[], seeds=1, sensitivity=())
+    with pytest.raises(RunError, match="its seed is 0, not 1"):
+        run(tmp_path / "out", agents=[], seeds=1, sensitivity=(), seed=1)
+
+
+def test_an_agent_of_other_settings_does_not_get_anothers_searches(tmp_path: Path) -> None:
+    run(tmp_path / "out", agents={"mine": Fixed()}, seeds=1)
+    with pytest.raises(RunError, match="holds a search of"):
+        run(tmp_path / "out", agents={"mine": Fixed(0.2)}, seeds=1)
+
+
+# -- fine-tuned picks -------------------------------------------------------------------------------------------------
+
+
+def test_picks_are_fine_tuned_alike_and_the_test_set_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned: list[str] = []
+    real = Pipeline.train
+
+    def counted(self: Pipeline, model: nn.Module, steps: int, *others: Any, **more: Any) -> None:
+        tuned.append(str(steps))
+        real(self, model, steps, *others, **more)
+
+    monkeypatch.setattr(Pipeline, "train", counted)
+    task = make_task()
+    result = run(tmp_path / "out", task, finalize=1)
+    assert task.test_read
+    table = {row.agent: row for row in result.standings.table}
+    assert all(row.tuned is not None and row.tests is not None for row in table.values())
+    assert table["uniform"].tests is not None
+    assert len(set(table["uniform"].tests)) == 1
+    finals = {
+        (agent, seed): json.loads((tmp_path / "out" / agent / str(seed) / "final.json").read_text())
+        for agent in AGENTS
+        for seed in range(2)
+    }
+    assert len({json.dumps(final["dense_test"]) for final in finals.values()}) == 1
+    picks = set()
+    for agent in AGENTS:
+        for seed in range(2):
+            folder = RunFolder(tmp_path / "out" / agent / str(seed))
+            picked = folder.read(folder.result)["picked"]
+            picks.add(picked["id"])
+            assert picked["id"] in folder.read(folder.result)["proposed"]
+            assert export.recipe_of(folder.pruned)["measured"]["policy"] == picked["policy"]
+    assert len(tuned) == len(picks)  # the same policy is fine-tuned once
+    assert result.document["finalized"]["epochs"] == 1
+    tuned.clear()
+    assert run(tmp_path / "out", make_task(), finalize=1).document == result.document
+    assert tuned == []
+    with pytest.raises(RunError, match="was finalised with 1 epochs"):
+        run(tmp_path / "out", make_task(), finalize=2)
+
+
+def test_killed_while_fine_tuning_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tmp_path / "whole", seeds=1, finalize=1)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("autoprune.compare"), "read_test", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", seeds=1, finalize=1)
+    run(tmp_path / "out", seeds=1, finalize=1)
+    assert table(tmp_path / "out") == table(tmp_path / "whole")
+    assert whole.standings.table[0].tests is not None
+
+
+def test_a_test_set_that_was_read_by_hand_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    task = make_task()
+    result = run(tmp_path / "out", task, seeds=1)
+    assert not task.test_read
+    open_run(tmp_path / "out" / "tpe" / "0", task).pick().test()
+    with pytest.raises(TestSetError, match="read already"):
+        run(tmp_path / "out", task, seeds=1, finalize=1)
+    assert not list((tmp_path / "out").glob("*/*/final.json"))
+    assert result.document["finalized"] is None
+
+
+def test_without_a_test_set_picks_are_fine_tuned_all_the_same(tmp_path: Path) -> None:
+    result = run(tmp_path / "out", make_task(test=None), seeds=1, agents=[], finalize=1)
+    assert result.standings.tested is None
+    assert all(row.tuned is not None and row.tests is None for row in result.standings.table)
+
+
+def test_it_is_a_public_name() -> None:
+    assert autoprune.compare is compare
+    assert autoprune.Comparison is Comparison
+
+
+def test_a_policy_that_fails_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+    real = Pipeline.__call__
+
+    def failing(self: Pipeline, work: Any) -> Outcome:
+        calls[work.id] += 1
+        if isinstance(work, Policy) and max(work.values()) > 0.6:
+            return Outcome(work.id, (), 0.1, "the loss is nan")
+        return real(self, work)
+
+    monkeypatch.setattr(Pipeline, "__call__", failing)
+    result = run(tmp_path / "out", agents=[], sensitivity=())
+    assert set(calls.values()) == {1}
+    assert all(0 <= value < 1 for row in result.standings.table for value in row.accuracies)
