@@ -140,10 +140,13 @@ def ledgers(
     urls = {"sqlite": f"sqlite:///{tmp_path_factory.mktemp('shared') / 'trials.db'}"}
     if postgresql is not None:
         urls["postgresql"] = postgresql
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    found_at = [
+        place for place in sys.path if place and Path(place).resolve() != Path.cwd()
+    ]  # not the source's folders
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(found_at), "OMP_NUM_THREADS": "1"}
     processes = {
         name: subprocess.Popen(
-            [sys.executable, "-c", PROCESS, name, *urls.values()],
+            [sys.executable, "-P", "-c", PROCESS, name, *urls.values()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
