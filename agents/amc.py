@@ -81,6 +81,7 @@ class AMCAgent:
     """
 
     objectives: ClassVar[Objectives] = "one"
+    learner: "_Learner"
 
     def __init__(
         self,
@@ -131,7 +132,6 @@ class AMCAgent:
         self.episodes_kept = episodes_kept
         self.order = order
         self.shares = tuple(shares)
-        self.learner: _Learner | None = None
 
     @classmethod
     def published(cls, **changes: Any) -> Self:
@@ -201,7 +201,7 @@ class AMCAgent:
         Raises:
             ConfigError: The agent was not trained.
         """
-        if self.learner is None:
+        if not hasattr(self, "learner"):
             raise ConfigError("the agent has not learnt anything yet; run it first")
         learner, info = self.learner, dict[str, Any]()
         quiet = env.without_evaluation()

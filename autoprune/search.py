@@ -674,9 +674,14 @@ class _Search:
 
 
 def identity_of(agent: Any) -> dict[str, Any]:
-    """Return what tells agents apart: the class, and those of its settings that JSON can hold."""
-    settings = getattr(agent, "__dict__", {}).items()
-    plain = {name: value for name, value in settings if isinstance(value, str | int | float | bool | None)}
+    """Return what tells agents apart: the class, and those of its settings that are plain values, or tuples of them."""
+
+    def is_plain(value: object) -> bool:
+        return isinstance(value, str | int | float | bool | None)
+
+    settings = getattr(agent, "__dict__", {})
+    plain = {name: value for name, value in settings.items() if is_plain(value)}
+    plain |= {k: list(v) for k, v in settings.items() if type(v) is tuple and all(map(is_plain, v))}  # as JSON has it
     return {"class": f"{type(agent).__module__}.{type(agent).__qualname__}", **plain}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoprune import export
+from autoprune.agents.amc import AMCAgent
 from autoprune.agents.random import RandomAgent
 from autoprune.cost import Cost, CostModel, count
 from autoprune.data import TensorSplit
@@ -47,10 +48,11 @@ from autoprune.pareto import front, hypervolume
 from autoprune.policy import Policy
 from autoprune.progress import Silent
 from autoprune.result import SearchResult, open_run
-from autoprune.search import search
+from autoprune.search import identity_of, search
 from autoprune.sensitivity import SensitivityReport
 from autoprune.structure import analyse
 from autoprune.task import FINALISER, Task, cross_entropy, top1
+from autoprune.testing import run_agent, synthetic_env
 from autoprune.tracking import NullTracker
 
 importlib.import_module("stable_baselines3")  # which draws from a global generator, so not inside a test
@@ -1187,6 +1189,16 @@ def test_agents_of_other_settings_are_other_searches(tmp_path: Path, light: None
     run(tmp_path / "run", agent=Agent(1), candidates=1, sensitivity=())
     with pytest.raises(RunError, match="its setting is 1, not 2"):
         run(tmp_path / "run", agent=Agent(2), candidates=1, sensitivity=())
+
+
+def test_tuples_tell_agents_apart_and_what_an_agent_has_learnt_does_not() -> None:
+    plain, several = AMCAgent(updates=1), AMCAgent(updates=1, shares=(1.0, 0.5))
+    before = identity_of(plain)
+    assert before != identity_of(several)
+    assert identity_of(several)["shares"] == [1.0, 0.5]
+    run_agent(plain, synthetic_env(evaluations=4)[0], seed=0)
+    assert hasattr(plain, "learner")
+    assert identity_of(plain) == before
 
 
 @pytest.mark.parametrize("agent", [RandomAgent, None, object()])
