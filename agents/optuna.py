@@ -17,7 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import ClassVar, Literal, Protocol, final
 
 import optuna
@@ -150,8 +150,43 @@ class OptunaAgent:
         return sampler
 
 
+@dataclass(kw_only=True, eq=False)
+class _Named:
+    """The settings that all agents by name have, with the defaults and the meaning that they have in `OptunaAgent`."""
+
+    warm_start: bool = True
+    storage: InitVar[str | BaseStorage | None] = None
+    study: str | None = None
+
+    def __post_init__(self, storage: str | BaseStorage | None) -> None:
+        self._place = _Place(storage, self.study)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Modelling(_Named):
+    """Agents that model what they know, after some random points (see `TPEAgent`)."""
+
+    startup: int | None = None
+
+    def __post_init__(self, storage: str | BaseStorage | None) -> None:
+        super().__post_init__(storage)
+        _require(1, startup=self.startup)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Breeding(_Named):
+    """Agents of generations (see `NSGA2Agent`)."""
+
+    population: int | None = None
+
+    def __post_init__(self, storage: str | BaseStorage | None) -> None:
+        super().__post_init__(storage)
+        _require(2, population=self.population)
+
+
 @final
-class TPEAgent:
+@dataclass(kw_only=True, eq=False)
+class TPEAgent(_Modelling):
     """Tree-structured Parzen estimator over all coordinates jointly; see `Agent` for the contract.
 
     Bergstra et al. 2011, multivariate as in Falkner et al. 2018 (BOHB, https://arxiv.org/abs/1807.01774).
@@ -159,26 +194,13 @@ class TPEAgent:
     Args:
         startup: Random points, warm starts among them, before the estimator takes over. None: a quarter of the
             evaluations, at most 10.
-        warm_start: As in `OptunaAgent`, as `storage` and `study` are.
-        storage: Likewise.
-        study: Likewise.
+        warm_start, storage, study: As in `OptunaAgent`.
 
     Raises:
         ConfigError: `startup` is below 1, or `storage` without `study`.
     """
 
     objectives: ClassVar[Objectives] = "one"
-
-    def __init__(
-        self,
-        *,
-        startup: int | None = None,
-        warm_start: bool = True,
-        storage: str | BaseStorage | None = None,
-        study: str | None = None,
-    ) -> None:
-        self.startup = _at_least(1, startup=startup)
-        self.warm_start, self.study, self._place = warm_start, study, _Place(storage, study)
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
@@ -186,16 +208,15 @@ class TPEAgent:
 
 
 @final
-class UnivariateTPEAgent:
+@dataclass(kw_only=True, eq=False)
+class UnivariateTPEAgent(_Modelling):
     """Tree-structured Parzen estimators, one for each coordinate by itself (Bergstra et al. 2011).
 
     See `Agent` for the contract.
 
     Args:
         startup: As in `TPEAgent`.
-        warm_start: As in `OptunaAgent`, as `storage` and `study` are.
-        storage: Likewise.
-        study: Likewise.
+        warm_start, storage, study: As in `OptunaAgent`.
 
     Raises:
         ConfigError: `startup` is below 1, or `storage` without `study`.
@@ -203,24 +224,14 @@ class UnivariateTPEAgent:
 
     objectives: ClassVar[Objectives] = "one"
 
-    def __init__(
-        self,
-        *,
-        startup: int | None = None,
-        warm_start: bool = True,
-        storage: str | BaseStorage | None = None,
-        study: str | None = None,
-    ) -> None:
-        self.startup = _at_least(1, startup=startup)
-        self.warm_start, self.study, self._place = warm_start, study, _Place(storage, study)
-
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
         _optimise(self, env, seed, _tpe(env, self.startup, self._place, multivariate=False))
 
 
 @final
-class MultiObjectiveTPEAgent:
+@dataclass(kw_only=True, eq=False)
+class MultiObjectiveTPEAgent(_Modelling):
     """Parzen estimators of what lies on the front, one for each coordinate: MOTPE, Ozaki et al. 2022.
 
     https://doi.org/10.1613/jair.1.13188. Raises accuracy and lowers MACs and parameters, none before another. See
@@ -228,9 +239,7 @@ class MultiObjectiveTPEAgent:
 
     Args:
         startup: As in `TPEAgent`.
-        warm_start: As in `OptunaAgent`, as `storage` and `study` are.
-        storage: Likewise.
-        study: Likewise.
+        warm_start, storage, study: As in `OptunaAgent`.
 
     Raises:
         ConfigError: `startup` is below 1, or `storage` without `study`.
@@ -238,24 +247,14 @@ class MultiObjectiveTPEAgent:
 
     objectives: ClassVar[Objectives] = "several"
 
-    def __init__(
-        self,
-        *,
-        startup: int | None = None,
-        warm_start: bool = True,
-        storage: str | BaseStorage | None = None,
-        study: str | None = None,
-    ) -> None:
-        self.startup = _at_least(1, startup=startup)
-        self.warm_start, self.study, self._place = warm_start, study, _Place(storage, study)
-
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
         _optimise(self, env, seed, _tpe(env, self.startup, self._place, multivariate=False))
 
 
 @final
-class GPAgent:
+@dataclass(kw_only=True, eq=False)
+class GPAgent(_Modelling):
     """Bayesian optimisation on a Gaussian process with a Matérn 5/2 kernel, by log expected improvement.
 
     Ament et al. 2023 (https://arxiv.org/abs/2310.20708). A proposal takes tenths of a second after tens of candidates,
@@ -263,26 +262,13 @@ class GPAgent:
 
     Args:
         startup: As in `TPEAgent`.
-        warm_start: As in `OptunaAgent`, as `storage` and `study` are.
-        storage: Likewise.
-        study: Likewise.
+        warm_start, storage, study: As in `OptunaAgent`.
 
     Raises:
         ConfigError: `startup` is below 1, or `storage` without `study`.
     """
 
     objectives: ClassVar[Objectives] = "one"
-
-    def __init__(
-        self,
-        *,
-        startup: int | None = None,
-        warm_start: bool = True,
-        storage: str | BaseStorage | None = None,
-        study: str | None = None,
-    ) -> None:
-        self.startup = _at_least(1, startup=startup)
-        self.warm_start, self.study, self._place = warm_start, study, _Place(storage, study)
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
@@ -295,7 +281,8 @@ class GPAgent:
 
 
 @final
-class CMAESAgent:
+@dataclass(kw_only=True, eq=False)
+class CMAESAgent(_Named):
     """Covariance matrix adaptation (Hansen 2016, https://arxiv.org/abs/1604.00772).
 
     Begins in the middle of the space; with warm starts, around the one that measures best, by Nomura et al. 2021
@@ -305,30 +292,22 @@ class CMAESAgent:
     Args:
         population: Candidates of a generation. None: a tenth of the evaluations, at least 4, at most the 4 + 3 ln n
             that Hansen gives for n dimensions.
-        warm_start: As in `OptunaAgent`, as `storage` and `study` are.
-        storage: Likewise.
-        study: Likewise.
+        warm_start, storage, study: As in `OptunaAgent`.
 
     Raises:
         ConfigError: `population` is below 3, `storage` without `study`, or cmaes is not installed.
     """
 
     objectives: ClassVar[Objectives] = "one"
+    population: int | None = None
 
-    def __init__(
-        self,
-        *,
-        population: int | None = None,
-        warm_start: bool = True,
-        storage: str | BaseStorage | None = None,
-        study: str | None = None,
-    ) -> None:
+    def __post_init__(self, storage: str | BaseStorage | None) -> None:
+        super().__post_init__(storage)
+        _require(3, population=self.population)
         if importlib.util.find_spec("cmaes") is None:
             raise ConfigError(
                 'the agent cmaes needs the package cmaes; install with: pip install "autoprune[samplers]"'
             )
-        self.population = _at_least(3, population=population)
-        self.warm_start, self.study, self._place = warm_start, study, _Place(storage, study)
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
@@ -348,7 +327,8 @@ class CMAESAgent:
 
 
 @final
-class QMCAgent:
+@dataclass(kw_only=True, eq=False)
+class QMCAgent(_Named):
     """A scrambled Sobol sequence: covers the space more evenly than random points, and learns nothing.
 
     A control: on the synthetic problem of `autoprune.testing` its best of 50 is random's (0.001 above, over six seeds).
@@ -356,20 +336,13 @@ class QMCAgent:
     contract.
 
     Args:
-        warm_start: As in `OptunaAgent`, as `storage` and `study` are.
-        storage: Likewise.
-        study: Likewise.
+        warm_start, storage, study: As in `OptunaAgent`.
 
     Raises:
         ConfigError: `storage` without `study`.
     """
 
     objectives: ClassVar[Objectives] = "one"
-
-    def __init__(
-        self, *, warm_start: bool = True, storage: str | BaseStorage | None = None, study: str | None = None
-    ) -> None:
-        self.warm_start, self.study, self._place = warm_start, study, _Place(storage, study)
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
@@ -388,7 +361,8 @@ class QMCAgent:
 
 
 @final
-class NSGA2Agent:
+@dataclass(kw_only=True, eq=False)
+class NSGA2Agent(_Breeding):
     """NSGA-II (Deb et al. 2002): raises accuracy and lowers MACs and parameters, none before another.
 
     For hundreds of candidates: on the synthetic problem of `autoprune.testing` with six groups, means over five seeds,
@@ -397,26 +371,13 @@ class NSGA2Agent:
 
     Args:
         population: Candidates of a generation. None: a sixth of the evaluations, at least 4, at most Optuna's own 50.
-        warm_start: As in `OptunaAgent`, as `storage` and `study` are.
-        storage: Likewise.
-        study: Likewise.
+        warm_start, storage, study: As in `OptunaAgent`.
 
     Raises:
         ConfigError: `population` is below 2, or `storage` without `study`.
     """
 
     objectives: ClassVar[Objectives] = "several"
-
-    def __init__(
-        self,
-        *,
-        population: int | None = None,
-        warm_start: bool = True,
-        storage: str | BaseStorage | None = None,
-        study: str | None = None,
-    ) -> None:
-        self.population = _at_least(2, population=population)
-        self.warm_start, self.study, self._place = warm_start, study, _Place(storage, study)
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
@@ -428,33 +389,21 @@ class NSGA2Agent:
 
 
 @final
-class NSGA3Agent:
+@dataclass(kw_only=True, eq=False)
+class NSGA3Agent(_Breeding):
     """NSGA-III (Deb & Jain 2014): as `NSGA2Agent`, but spreads its front by reference points in place of crowding.
 
     What is said there of few candidates holds here too; Optuna calls it experimental. See `Agent` for the contract.
 
     Args:
         population: As in `NSGA2Agent`.
-        warm_start: As in `OptunaAgent`, as `storage` and `study` are.
-        storage: Likewise.
-        study: Likewise.
+        warm_start, storage, study: As in `OptunaAgent`.
 
     Raises:
         ConfigError: `population` is below 2, or `storage` without `study`.
     """
 
     objectives: ClassVar[Objectives] = "several"
-
-    def __init__(
-        self,
-        *,
-        population: int | None = None,
-        warm_start: bool = True,
-        storage: str | BaseStorage | None = None,
-        study: str | None = None,
-    ) -> None:
-        self.population = _at_least(2, population=population)
-        self.warm_start, self.study, self._place = warm_start, study, _Place(storage, study)
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
@@ -469,12 +418,11 @@ class NSGA3Agent:
 # -- samplers ---------------------------------------------------------------------------------------------------------
 
 
-def _at_least(least: int, **setting: int | None) -> int | None:
-    """Return the one setting, checked."""
-    ((name, value),) = setting.items()
-    if value is not None and value < least:
-        raise ConfigError(f"`{name} >= {least}` must hold, but got {name}={value}")
-    return value
+def _require(least: int, **setting: int | None) -> None:
+    """Refuse a setting that is given and too low."""
+    for name, value in setting.items():
+        if value is not None and value < least:
+            raise ConfigError(f"`{name} >= {least}` must hold, but got {name}={value}")
 
 
 def _startup(env: PruningEnv, startup: int | None) -> int:
