@@ -22,7 +22,7 @@ from typing import ClassVar, Literal, Protocol, final
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
 from optuna.samplers import (
     BaseSampler,
     CmaEsSampler,
@@ -560,8 +560,11 @@ def _share(
 
     for trial, candidate in in_turn(env, begun()):
         if isinstance(trial, optuna.Trial):
-            trials.describe(trial, candidate)
-            trials.tell(trial, candidate)
+            try:
+                trials.describe(trial, candidate)
+                trials.tell(trial, candidate)
+            except UpdateFinishedTrialError:  # SQLite can give one waiting trial to two who ask at once
+                trials.add(trials.policy_of(trial.params), candidate)
         elif trial is not None:
             trials.add(trial, candidate)
     if over:
@@ -607,14 +610,17 @@ class _Trials:
         """Do so with the search's name on each trial, as long as there are evaluations for it."""
         while len(self._seen) < self._env.evaluations:
             trial = self._study.ask()
-            trial.set_user_attr(_RUN, self._env.name)  # before it is anything that could be lost
             try:
-                yield trial, self._submit(trial)
+                trial.set_user_attr(_RUN, self._env.name)  # before it is anything that could be lost
+                result = self._submit(trial)
+            except UpdateFinishedTrialError:  # who was given it too has told it already
+                continue
             except SearchOver:  # another search, or this one when it goes on, may try the warm start
                 if _WARM in trial.user_attrs:
                     self._study.enqueue_trial(trial.params, user_attrs={_WARM: True})
                 self._study.tell(trial, state=TrialState.FAIL)
                 raise
+            yield trial, result
 
     def taken_up(self, own: Sequence[FrozenTrial]) -> Iterator[tuple[optuna.Trial | Policy | None, Result]]:
         """Propose again what this search proposed before its process died.
@@ -629,13 +635,17 @@ class _Trials:
                 trial = optuna.Trial(self._study, frozen._trial_id)
                 yield trial, self._submit(trial)
             elif _POLICY in frozen.user_attrs:
-                policy = self._env.space.decode([frozen.params[name] for name in self._env.space.dimensions])
+                policy = self.policy_of(frozen.params)
                 self._seen.add(policy)
                 yield None, self._env.submit(policy)
         for policy in self._env.known:
             if policy not in self._seen:
                 self._seen.add(policy)
                 yield policy, self._env.submit(policy)
+
+    def policy_of(self, params: dict[str, float]) -> Policy:
+        """Return what a trial with these parameters tried."""
+        return self._env.space.decode([params[name] for name in self._env.space.dimensions])
 
     def tell(self, trial: optuna.Trial, candidate: Candidate) -> None:
         """Tell the study what came of a trial."""
@@ -645,8 +655,12 @@ class _Trials:
             self._study.tell(trial, state=TrialState.FAIL)
 
     def describe(self, trial: optuna.Trial, candidate: Candidate) -> None:
-        """Note on a trial what its values do not say."""
-        for name, value in self._attributes(candidate).items():
+        """Note on a trial what its values do not say, and once more whose it is.
+
+        Raises:
+            UpdateFinishedTrialError: Another search was given the trial too, and has told it.
+        """
+        for name, value in {_RUN: self._env.name, **self._attributes(candidate)}.items():
             trial.set_user_attr(name, value)
 
     def add(self, policy: Policy, candidate: Candidate) -> None:
@@ -667,7 +681,7 @@ class _Trials:
         if self._around is not None and _WARM not in trial.user_attrs:
             self._begin_around_the_best()
         params = {name: trial.suggest_float(name, _UNIT.low, _UNIT.high) for name in self._env.space.dimensions}
-        policy = self._env.space.decode(list(params.values()))
+        policy = self.policy_of(params)
         result = self._env.submit(policy)
         self._seen.add(policy)
         if _WARM in trial.user_attrs:
