@@ -72,6 +72,7 @@ class AMCAgent:
         order: In which groups are decided: "forward", "reverse" or "random".
         shares: Shares of the budget that episodes get in turn, from 0, the smallest network, to 1. With several, the
             agent has learnt policies for all budgets in between, see `policy_for`.
+        warm_start: Whether what the analyzer suggests is tried, and learnt from, first.
 
     Attributes:
         learner: The trained learner of Stable-Baselines3, once the search has begun.
@@ -99,6 +100,7 @@ class AMCAgent:
         episodes_kept: int = 100,
         order: str = "forward",
         shares: Sequence[float] = (1.0,),
+        warm_start: bool = True,
     ) -> None:
         positive = {
             "warmup": warmup,
@@ -132,12 +134,13 @@ class AMCAgent:
         self.episodes_kept = episodes_kept
         self.order = order
         self.shares = tuple(shares)
+        self.warm_start = warm_start
 
     @classmethod
     def published(cls, **changes: Any) -> Self:
-        """Return the agent with the paper's settings: 100 episodes of warm-up, rates of 1e-4 and 1e-3, and so on."""
+        """Return the agent with the paper's settings: 100 episodes of warm-up, all of them random, and its rates."""
         settings = {"warmup": 100, "decay": 0.95, "updates": 1, "actor_lr": 1e-4, "bootstrap_after": 1}
-        return cls(**{**settings, **changes})
+        return cls(**{**settings, "warm_start": False, **changes})
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
@@ -146,7 +149,8 @@ class AMCAgent:
         with generators.lent():
             learner = self.learner = self._learner(env)
         warmup = self.warmup if self.warmup is not None else max(1, env.evaluations // 3)
-        plans = list(env.warm_starts)
+        plans = list(env.warm_starts) if self.warm_start else []
+        suggested = len(plans)
         while len(plans) < warmup:
             plans.append(env.space.decode(rng.random(len(env.space.dimensions)).tolist()))
         known: set[str] = set()
@@ -157,7 +161,7 @@ class AMCAgent:
 
         def follow(numbered: tuple[int, Policy]) -> tuple[Walked, Result]:
             number, plan = numbered
-            share = {"share": 1.0} if number < len(env.warm_starts) else {}
+            share = {"share": 1.0} if number < suggested else {}
             return _walk(env, lambda _: env.action_for(plan), options(number) | share)
 
         for walked, candidate in in_turn(env, map(follow, enumerate(plans))):
@@ -282,6 +286,7 @@ class PPOAgent:
         epochs: Passes over them.
         lr: Learning rate.
         hidden: Units of the hidden layers.
+        warm_start: Whether what the analyzer suggests is evaluated first.
 
     Raises:
         ConfigError: A setting is out of range.
@@ -290,7 +295,13 @@ class PPOAgent:
     objectives: ClassVar[Objectives] = "one"
 
     def __init__(
-        self, *, episodes: int = 5, epochs: int = 10, lr: float = 1e-3, hidden: Sequence[int] = (64, 64)
+        self,
+        *,
+        episodes: int = 5,
+        epochs: int = 10,
+        lr: float = 1e-3,
+        hidden: Sequence[int] = (64, 64),
+        warm_start: bool = True,
     ) -> None:
         for name, value, least in (("episodes", episodes, 2), ("epochs", epochs, 1)):
             if value < least:
@@ -301,10 +312,12 @@ class PPOAgent:
         self.epochs = epochs
         self.lr = lr
         self.hidden = tuple(hidden)
+        self.warm_start = warm_start
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
-        for _ in in_turn(env, ((None, env.submit(policy)) for policy in env.warm_starts)):
+        warm = env.warm_starts if self.warm_start else ()
+        for _ in in_turn(env, ((None, env.submit(policy)) for policy in warm)):
             pass
         generators = _LentGenerators(seed)
         lanes = _Lanes(env, generators)

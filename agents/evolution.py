@@ -41,6 +41,7 @@ class EvolutionAgent:
         offspring: Policies of a generation.
         survivors: How many of the best are bred from; others only where these have nothing new to offer.
         step: Largest share of a group's range that one switch moves it.
+        warm_start: Whether the first generation is what the analyzer suggests.
 
     Raises:
         ConfigError: A setting is not positive.
@@ -48,13 +49,14 @@ class EvolutionAgent:
 
     objectives: ClassVar[Objectives] = "one"
 
-    def __init__(self, *, offspring: int = 4, survivors: int = 1, step: float = 0.3) -> None:
+    def __init__(self, *, offspring: int = 4, survivors: int = 1, step: float = 0.3, warm_start: bool = True) -> None:
         for name, value in {"offspring": offspring, "survivors": survivors, "step": step}.items():
             if not value > 0:
                 raise ConfigError(f"`{name} > 0` must hold, but got {name}={value}")
         self.offspring = offspring
         self.survivors = survivors
         self.step = step
+        self.warm_start = warm_start
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent, or no switch of any policy leads to a new one."""
@@ -79,7 +81,7 @@ class EvolutionAgent:
             return None
 
         def started() -> Iterator[tuple[Removed, Result]]:
-            starts = [env.feasible.removed(policy) for policy in env.warm_starts]
+            starts = [env.feasible.removed(policy) for policy in env.warm_starts] if self.warm_start else []
             for removed in starts or [env.feasible.uniform()]:
                 if env.feasible.policy(removed) not in seen:
                     yield begun(removed)

@@ -312,7 +312,8 @@ def search(
     warm_start: Annotated[
         bool,
         typer.Option(
-            "--warm-start/--no-warm-start", help="Whether an Optuna agent tries what the analyzer suggests first."
+            "--warm-start/--no-warm-start",
+            help="Whether an agent that searches tries what the analyzer suggests first.",
         ),
     ] = True,
     storage: Annotated[

@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,14 @@ def test_warm_starts_come_first_and_as_they_are() -> None:
     assert [candidate.policy for candidate in evaluator.candidates[:2]] == starts
 
 
+@pytest.mark.parametrize("make", [AMCAgent, PPOAgent])
+def test_without_warm_starts_none_is_tried_first(make: Callable[..., AMCAgent | PPOAgent]) -> None:
+    env, evaluator = synthetic_env(evaluations=4)
+    env.warm_starts = (env.space.decode([0.1, 0.9, 0.5, 0.2]),)
+    run_agent(make(warm_start=False), env, seed=0)
+    assert env.warm_starts[0] not in [candidate.policy for candidate in evaluator.candidates]
+
+
 def test_the_warm_up_fills_the_budget() -> None:
     env, evaluator = synthetic_env(evaluations=12)
     run_agent(AMCAgent(warmup=12), env, seed=0)
@@ -274,7 +283,7 @@ def test_the_papers_settings_run() -> None:
     run_agent(agent, env, seed=0)
     assert len(evaluator.candidates) == 8
     assert (agent.actor_lr, agent.critic_lr, agent.decay, agent.hidden) == (1e-4, 1e-3, 0.95, (300, 300))
-    assert AMCAgent.published().warmup == 100
+    assert (AMCAgent.published().warmup, AMCAgent.published().warm_start) == (100, False)
 
 
 # -- randomness -------------------------------------------------------------------------------------------------------

@@ -77,6 +77,11 @@ def test_warm_starts_come_first_and_uniform_where_there_are_none() -> None:
     run_agent(EvolutionAgent(), env, seed=0)
     assert tuple(candidate.policy for candidate in evaluator.candidates[:2]) == env.warm_starts[:2]
     assert evaluator.candidates[2].policy != uniform
+    cold, evaluator = synthetic_env(evaluations=5)
+    cold.warm_starts = env.warm_starts
+    run_agent(EvolutionAgent(warm_start=False), cold, seed=0)
+    assert evaluator.candidates[0].policy == uniform
+    assert env.warm_starts[0] not in [candidate.policy for candidate in evaluator.candidates]
 
 
 def test_of_equal_ones_the_first_survives() -> None:

@@ -1,0 +1,253 @@
+"""Agents side by side at equal evaluations, and what their picks are worth after the same fine-tuning.
+
+    python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents
+    python benchmarks/agents.py --out runs/agents --show
+
+Four tasks: ResNet-20 on CIFAR-10 at 50 % and at 35 % of its multiply-adds, plain-20 on Fashion-MNIST, and ResNet-8 on
+the digits of scikit-learn. `--weights-dir` holds `resnet20-12fca82f.th` (akamaster/pytorch_resnet_cifar10; it has seen
+the validation images), and what these two leave:
+
+    autoprune train --model plain20 --data fashion-mnist --data-root DIR --epochs 6 --out plain20.safetensors
+    autoprune train --model resnet8 --data digits --out resnet8.safetensors
+
+For each task:
+
+- `autoprune.compare`: all agents, `--seeds` seeds, `--candidates` evaluations each, reconstructed (the rung that ranks
+  best a second, see `closed_form.md`), then every pick fine-tuned with one recipe and tested on all test images.
+- Searches of other lengths: the default agent with `--few` evaluations, and AMC with the paper's settings and `--many`;
+  their picks are fine-tuned with the same recipe.
+
+To bring this to hours, candidates are measured on `--val-images` validation images, and training images are the first
+`--train-images` of a shuffle; test images are all there are. Called again, it goes on where it stopped.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import autoprune as ap
+from autoprune import data, models
+from autoprune.agents.amc import AMCAgent
+from autoprune.cli import watching
+from autoprune.evaluation import InProcess, Ledger, Outcome, Shared
+from autoprune.standings import t_interval
+from autoprune.tracking import NullTracker
+
+AGENTS: Mapping[str, Any] = {
+    "tpe": "tpe",
+    "evolution": "evolution",
+    "spdy": "spdy",
+    "amc": "amc",
+    "amc, no warm start": AMCAgent(warm_start=False),
+    "legr": "legr",
+    "global": "global",
+    "greedy": "greedy",
+    "threshold": "threshold",
+    "separable": "separable",
+    "analytic": "analytic",
+}
+DEFAULT = "tpe"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One task of the comparison."""
+
+    network: str
+    data: str
+    weights: str
+    budget: str
+    epochs: int  # of fine-tuning the picks
+
+
+SETTINGS = {
+    "digits": Setting("resnet8", "digits", "resnet8.safetensors", "macs<=15%", 20),
+    "resnet20-50": Setting("resnet20", "cifar10", "resnet20-12fca82f.th", "macs<=50%", 2),
+    "plain20": Setting("plain20", "fashion-mnist", "plain20.safetensors", "macs<=20%", 2),
+    "resnet20-35": Setting("resnet20", "cifar10", "resnet20-12fca82f.th", "macs<=35%", 2),
+}
+
+
+def made(setting: Setting, options: argparse.Namespace) -> ap.Task:
+    """Return the task, with fewer validation and training images where there are more."""
+    source = data.load(setting.data, options.data_root)
+    shape = {"in_channels": source.in_channels, "input_size": source.input_size}
+    model = models.build(setting.network, num_classes=source.num_classes, **shape)
+    models.load_weights(model, options.weights_dir / setting.weights)
+    train, val = data.cut(source.train, source.val_fraction, 0)
+    return ap.Task(
+        model,
+        train=first(train, options.train_images),
+        val=first(val, options.val_images),
+        test=source.test,
+        augment=source.augment,
+        name=f"{setting.network} on {setting.data}",
+    )
+
+
+def first(split: data.Split, number: int) -> data.Split:
+    """Return the first samples of a shuffle."""
+    shuffled = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    return data.subset(split, shuffled[:number].sort().values)
+
+
+def compared(name: str, options: argparse.Namespace) -> None:
+    """Compare all agents on a task, with as many evaluations each."""
+    setting = SETTINGS[name]
+    with watching(quiet=True) as progress:
+        ap.compare(
+            made(setting, options),
+            out=options.out / name,
+            agents=AGENTS,
+            seeds=options.seeds,
+            candidates=options.candidates,
+            budget=setting.budget,
+            control=0,
+            finalize=setting.epochs,
+            finalize_lr=options.lr,
+            progress=progress,
+        )
+
+
+def searched(name: str, options: argparse.Namespace, agent: Any, label: str, candidates: int) -> None:
+    """Search a task with one agent and another number of evaluations, and fine-tune the picks by the same recipe."""
+    setting, folder = SETTINGS[name], options.out / f"{name}-{label}"
+    beside = [*sorted((options.out / name).glob("*/*/ledger.jsonl")), *sorted(folder.glob("*/ledger.jsonl"))]
+    known = [Outcome(c.id, c.measurements, c.seconds, c.failure) for file in beside for c in Ledger(file)]
+    shared = Shared(InProcess(), known)
+    try:
+        for seed in range(options.seeds):
+            out = folder / str(seed)
+            if (out / "final.json").exists():
+                continue
+            with watching(quiet=True) as progress:
+                result = ap.search(
+                    made(setting, options),  # whose test split can be opened once
+                    out=out,
+                    agent=agent,
+                    candidates=candidates,
+                    agent_seed=seed,
+                    budget=setting.budget,
+                    control=0,
+                    reuse=options.out / name / "sensitivity.json",
+                    executor=shared,
+                    tracker=NullTracker(),
+                    progress=progress,
+                )
+            result.finalize(setting.epochs, lr=options.lr)
+    finally:
+        shared.stop()
+
+
+def page(options: argparse.Namespace) -> Iterator[str]:
+    """Yield what is there, as lines of Markdown."""
+    for name in options.tasks:
+        file = options.out / name / "compare.json"
+        if file.exists():
+            yield from table(name, json.loads(file.read_text()), options)
+
+
+def table(name: str, document: Mapping[str, Any], options: argparse.Namespace) -> Iterator[str]:
+    """Yield a task's heading, table and findings."""
+    dense, recipe = document["dense"], document["finalized"]
+    task, samples = document["task"], document["task"].get("samples", {})
+    yield f"## {task.get('name', name)}, {document['search']['budget']}"
+    yield ""
+    yield (
+        f"Dense {dense['accuracy']:.2%} on validation"
+        + ("" if recipe is None else f", {recipe['dense_test']['accuracy']:.2%} on test")
+        + f"; {document['seeds']} seeds, {document['evaluations']} evaluations each, {document['evaluated']} policies "
+        f"evaluated in all; {document['fidelity']}{f'; {samples}' if samples else ''}."
+    )
+    yield ""
+    columns = ["agent", "pick, as found", "hypervolume", "evaluations to 99 %", "asked for", "test, fine-tuned"]
+    yield f"| {' | '.join(columns)} | more than random | than uniform |"
+    yield f"|{'---|' * 8}"
+    tests = {row["agent"]: row["test"]["values"] for row in document["table"] if "test" in row}
+    for row in document["table"]:
+        cells = [row["agent"], spread(row["accuracy"]), f"{row['hypervolume']['mean']:.4f}"]
+        cells += [f"{row['evaluations_to_99']['mean']:.0f}", f"{row['evaluations']['mean']:.0f}"]
+        own = tests.get(row["agent"])
+        cells.append("" if own is None else spread(row["test"]))
+        cells += [more(own, tests.get(other)) for other in ("random", "uniform")]
+        yield f"| {' | '.join(cells)} |"
+    for label in ("few", "many"):
+        found = others(options.out / f"{name}-{label}")
+        if found:
+            picks, values, asked = found
+            what = {"few": DEFAULT, "many": "amc, as published"}[label]
+            cells = [f"{what}, {asked}", spread(t_interval(picks)._asdict()), "", "", str(asked)]
+            cells += [spread(t_interval(values)._asdict()), more(values, tests.get("random"))]
+            cells.append(more(values, tests.get("uniform")))
+            yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield from (f"- {line}" for line in document["words"])
+    yield ""
+
+
+def others(folder: Path) -> tuple[list[float], list[float], int] | None:
+    """Return the picks of searches of another length, as found and fine-tuned, and how many evaluations they had."""
+    done = [file.parent for file in sorted(folder.glob("*/final.json"))]
+    if not done:
+        return None
+    results = [json.loads((run / "result.json").read_text()) for run in done]
+    tests = [json.loads((run / "final.json").read_text())["test"]["accuracy"] for run in done]
+    return [result["picked"]["accuracy"] for result in results], tests, max(r["candidates"] for r in results)
+
+
+def more(own: list[float] | None, other: list[float] | None) -> str:
+    """Return a mean difference in points with its standard error."""
+    if own is None or other is None or len(own) != len(other) or len(own) < 2 or own is other:
+        return ""
+    differences = torch.tensor(own, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
+    error = float(differences.std() / len(own) ** 0.5)
+    return f"{100 * float(differences.mean()):+.2f} ± {100 * error:.2f}"
+
+
+def spread(interval: Mapping[str, float | None]) -> str:
+    """Return a mean in percent and half of its interval."""
+    mean, high = interval["mean"], interval["high"]
+    assert mean is not None
+    return f"{mean:.2%}" + ("" if high is None or high == mean else f" ± {100 * (high - mean):.2f}")
+
+
+def main() -> None:
+    """Compare, and print."""
+    options = _options()
+    if not options.show:
+        if options.data_root is None or options.weights_dir is None:
+            raise SystemExit("give --data-root and --weights-dir, or --show")
+        for name in options.tasks:
+            compared(name, options)
+            if "few" in options.parts:
+                searched(name, options, DEFAULT, "few", options.few)
+            if "many" in options.parts:
+                searched(name, options, AMCAgent.published(), "many", options.many)
+    print("\n".join(page(options)))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, help="where torchvision's data sets lie")
+    parser.add_argument("--weights-dir", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="a folder for all searches")
+    parser.add_argument("--tasks", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--parts", nargs="*", default=["few", "many"], choices=["few", "many"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--candidates", type=int, default=100)
+    parser.add_argument("--few", type=int, default=40)
+    parser.add_argument("--many", type=int, default=400)
+    parser.add_argument("--val-images", type=int, default=2000)
+    parser.add_argument("--train-images", type=int, default=12_800)
+    parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of fine-tuning the picks")
+    parser.add_argument("--show", action="store_true", help="only print what is there")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
