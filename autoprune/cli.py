@@ -118,6 +118,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Criterion = Annotated[str, typer.Option(help=f"How elements are ranked: {', '.join(registry.names('criterion'))}.")]
 Calibration = Annotated[int, typer.Option(help="Augmented training images that candidates are recovered with.")]
+Space = Annotated[
+    str, typer.Option(help=f"What has a sparsity of its own: {', '.join(registry.names('search space'))}.")
+]
+FinetuneSteps = Annotated[int, typer.Option(help="Gradient steps of short fine-tuning for every candidate.")]
+Race = Annotated[
+    bool, typer.Option("--race", help="Measure candidates that are clearly worse than uniform no further.")
+]
+MaxSparsity = Annotated[float, typer.Option(help="Highest sparsity of any group.")]
+BoundsFile = Annotated[
+    Path | None, typer.Option("--bounds", help="A TOML table [groups] that locks or bounds single groups.")
+]
+Reuse = Annotated[
+    Path | None, typer.Option(help="A sensitivity report to start from; its cells are not measured again.")
+]
 Recover = Annotated[
     str,
     typer.Option(
@@ -325,14 +339,12 @@ def search(
         ),
     ] = None,
     study: Annotated[str | None, typer.Option(metavar="NAME", help="The study's name in it.")] = None,
-    space: Annotated[
-        str, typer.Option(help=f"What has a sparsity of its own: {', '.join(registry.names('search space'))}.")
-    ] = "group",
+    space: Space = "group",
     candidates: Annotated[int, typer.Option(help="Distinct policies that the agent may have evaluated.")] = 60,
     control: Annotated[
         int | None, typer.Option(help="Random policies evaluated as a control; by default a tenth of the candidates.")
     ] = None,
-    finetune_steps: Annotated[int, typer.Option(help="Gradient steps of short fine-tuning for every candidate.")] = 0,
+    finetune_steps: FinetuneSteps = 0,
     promote: Annotated[
         str,
         typer.Option(
@@ -347,9 +359,7 @@ def search(
             "are cut from it."
         ),
     ] = 0,
-    race: Annotated[
-        bool, typer.Option("--race", help="Measure candidates that are clearly worse than uniform no further.")
-    ] = False,
+    race: Race = False,
     lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning, and of shared steps.")] = 0.01,
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
@@ -363,13 +373,9 @@ def search(
     units: Units = "channels,heads",
     multiple: Multiple = 1,
     normalised: Normalised = False,
-    max_sparsity: Annotated[float, typer.Option(help="Highest sparsity of any group.")] = 0.9,
-    bounds_file: Annotated[
-        Path | None, typer.Option("--bounds", help="A TOML table [groups] that locks or bounds single groups.")
-    ] = None,
-    reuse: Annotated[
-        Path | None, typer.Option(help="A sensitivity report to start from; its cells are not measured again.")
-    ] = None,
+    max_sparsity: MaxSparsity = 0.9,
+    bounds_file: BoundsFile = None,
+    reuse: Reuse = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which nothing new is evaluated.")] = None,
     workers: Workers = 1,
     ray_address: RayAddress = None,
@@ -456,17 +462,13 @@ def compare(
     val_fraction: ValFraction = None,
     split_seed: SplitSeed = 0,
     device: Device = devices.AUTO,
-    space: Annotated[
-        str, typer.Option(help=f"What has a sparsity of its own: {', '.join(registry.names('search space'))}.")
-    ] = "group",
+    space: Space = "group",
     candidates: Annotated[int, typer.Option(help="Distinct policies that each agent may have evaluated.")] = 60,
     control: Annotated[
         int | None, typer.Option(help="Random policies beside each search, the same for all; by default a tenth.")
     ] = None,
-    finetune_steps: Annotated[int, typer.Option(help="Gradient steps of short fine-tuning for every candidate.")] = 0,
-    race: Annotated[
-        bool, typer.Option("--race", help="Measure candidates that are clearly worse than uniform no further.")
-    ] = False,
+    finetune_steps: FinetuneSteps = 0,
+    race: Race = False,
     lr: Annotated[float, typer.Option(help="Peak learning rate of short fine-tuning.")] = 0.01,
     recover: Recover = "reconstructed",
     calibration_images: Calibration = 2000,
@@ -480,13 +482,9 @@ def compare(
     units: Units = "channels,heads",
     multiple: Multiple = 1,
     normalised: Normalised = False,
-    max_sparsity: Annotated[float, typer.Option(help="Highest sparsity of any group.")] = 0.9,
-    bounds_file: Annotated[
-        Path | None, typer.Option("--bounds", help="A TOML table [groups] that locks or bounds single groups.")
-    ] = None,
-    reuse: Annotated[
-        Path | None, typer.Option(help="A sensitivity report to start from; its cells are not measured again.")
-    ] = None,
+    max_sparsity: MaxSparsity = 0.9,
+    bounds_file: BoundsFile = None,
+    reuse: Reuse = None,
     workers: Workers = 1,
     ray_address: RayAddress = None,
     worker_gpus: WorkerGpus = None,

@@ -19,7 +19,7 @@ from typing import Any, final
 from autoprune import registry
 from autoprune.cost import Cost
 from autoprune.errors import ConfigError, RunError, TaskError, TestSetError
-from autoprune.evaluation import Candidate, Executor, InProcess, Ledger, Outcome, Shared
+from autoprune.evaluation import Candidate, Executor, InProcess, Ledger, Once, Outcome
 from autoprune.export import load
 from autoprune.finaliser import FULL_LR, read_test
 from autoprune.pareto import pick
@@ -131,7 +131,7 @@ def compare(
     }
     folder.claim(config, ("digest", "measures", "search"))
     at_once = folder.read(folder.config)["parallel"]["at_once"]
-    shared = Shared(runs, _known(folder), at_once)
+    once = Once(runs, _known(folder), at_once)
     all_runs = [
         _Run(name, seed, agent, RunFolder(folder.path / _folder_name(name) / str(seed)))
         for seed in range(seeds)
@@ -151,13 +151,13 @@ def compare(
                     progress=told,
                     source=source,
                     reuse=reuse,
-                    executor=shared,
+                    executor=once,
                     agent_seed=run.seed,
                     **settings,
                 )
             _share(run.folder, folder)
     finally:
-        shared.stop()
+        once.stop()
         told.over()
     if finalize is not None:
         _finalize(task, all_runs, finalize, finalize_lr, watcher)

@@ -34,7 +34,7 @@ import autoprune as ap
 from autoprune import data, models
 from autoprune.agents.amc import AMCAgent
 from autoprune.cli import watching
-from autoprune.evaluation import InProcess, Ledger, Outcome, Shared
+from autoprune.evaluation import InProcess, Ledger, Once, Outcome
 from autoprune.standings import t_interval
 from autoprune.tracking import NullTracker
 
@@ -119,7 +119,7 @@ def searched(name: str, options: argparse.Namespace, agent: Any, label: str, can
     setting, folder = SETTINGS[name], options.out / f"{name}-{label}"
     beside = [*sorted((options.out / name).glob("*/*/ledger.jsonl")), *sorted(folder.glob("*/ledger.jsonl"))]
     known = [Outcome(c.id, c.measurements, c.seconds, c.failure) for file in beside for c in Ledger(file)]
-    shared = Shared(InProcess(), known)
+    once = Once(InProcess(), known)
     try:
         for seed in range(options.seeds):
             out = folder / str(seed)
@@ -135,13 +135,13 @@ def searched(name: str, options: argparse.Namespace, agent: Any, label: str, can
                     budget=setting.budget,
                     control=0,
                     reuse=options.out / name / "sensitivity.json",
-                    executor=shared,
+                    executor=once,
                     tracker=NullTracker(),
                     progress=progress,
                 )
             result.finalize(setting.epochs, lr=options.lr)
     finally:
-        shared.stop()
+        once.stop()
 
 
 def page(options: argparse.Namespace) -> Iterator[str]:

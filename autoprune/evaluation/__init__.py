@@ -5,9 +5,9 @@ from autoprune.evaluation.evaluator import TIME_LIMIT, Arm, Evaluator, Result
 from autoprune.evaluation.executor import Executor, InProcess, Runs, Work
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
+from autoprune.evaluation.once import Once
 from autoprune.evaluation.pipeline import Outcome, Pipeline, Probe, Recovery
 from autoprune.evaluation.precision import AGREEMENT, PRECISIONS, Choice, Precision, chosen
-from autoprune.evaluation.shared import Shared
 from autoprune.evaluation.workbench import Workbench
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "InProcess",
     "Ledger",
     "Measurement",
+    "Once",
     "Outcome",
     "Pipeline",
     "Precision",
@@ -31,7 +32,6 @@ __all__ = [
     "Result",
     "Runs",
     "Samples",
-    "Shared",
     "Work",
     "Workbench",
     "chosen",

@@ -1,11 +1,11 @@
-"""The shared executor: an executor like others, that evaluates nothing twice."""
+"""An executor like others that evaluates nothing twice."""
 
 from typing import Any
 
 import pytest
 
 from autoprune.errors import ConfigError
-from autoprune.evaluation import InProcess, Measurement, Outcome, Shared, Work
+from autoprune.evaluation import InProcess, Measurement, Once, Outcome, Work
 from autoprune.policy import Policy
 from autoprune.testing import ExecutorContract, SyntheticPipeline
 
@@ -37,64 +37,64 @@ class Counting:
         self._inner.close()
 
 
-class TestShared(ExecutorContract):
+class TestOnce(ExecutorContract):
     @pytest.fixture
-    def executor(self) -> Shared:
-        return Shared(InProcess())
+    def executor(self) -> Once:
+        return Once(InProcess())
 
 
-class TestSharedWithSeveral(ExecutorContract):
+class TestOnceWithSeveral(ExecutorContract):
     @pytest.fixture
-    def executor(self) -> Shared:
-        return Shared(InProcess(), at_once=4)
+    def executor(self) -> Once:
+        return Once(InProcess(), at_once=4)
 
 
 def test_what_is_known_is_not_evaluated() -> None:
     known = Outcome(HALF.id, (Measurement("short", 0.9, 0.0, 0.1, 0.0),), 5.0)
     counting = Counting()
-    shared = Shared(counting, [known])
-    shared.start(SyntheticPipeline())
-    shared.submit(HALF)
-    assert shared.finished() is known
+    once = Once(counting, [known])
+    once.start(SyntheticPipeline())
+    once.submit(HALF)
+    assert once.finished() is known
     assert counting.told == []  # nor is a worker started
-    shared.submit(QUARTER)
-    found = shared.finished()
-    shared.submit(QUARTER)
-    assert shared.finished() is found
+    once.submit(QUARTER)
+    found = once.finished()
+    once.submit(QUARTER)
+    assert once.finished() is found
     assert counting.told == ["start", "submit"]
 
 
 def test_searches_one_after_another_share_the_workers() -> None:
     counting = Counting()
-    shared = Shared(counting)
+    once = Once(counting)
     for policy in (HALF, QUARTER):
-        shared.start(SyntheticPipeline())
-        shared.submit(policy)
-        shared.finished()
-        shared.close()
+        once.start(SyntheticPipeline())
+        once.submit(policy)
+        once.finished()
+        once.close()
     assert counting.told == ["start", "submit", "submit"]
-    shared.stop()
+    once.stop()
     assert counting.told[-1] == "close"
 
 
 def test_what_is_under_way_is_dropped_with_the_workers() -> None:
     counting = Counting()
-    shared = Shared(counting)
-    shared.start(SyntheticPipeline())
-    shared.submit(HALF)
-    shared.close()
+    once = Once(counting)
+    once.start(SyntheticPipeline())
+    once.submit(HALF)
+    once.close()
     assert counting.told == ["start", "submit", "close"]
-    shared.submit(QUARTER)
-    assert shared.finished().id == QUARTER.id
+    once.submit(QUARTER)
+    assert once.finished().id == QUARTER.id
 
 
 def test_it_takes_as_many_at_once_as_the_executor_or_as_it_is_told() -> None:
-    assert Shared(InProcess(at_once=3)).at_once == 3
-    assert Shared(InProcess(at_once=3), at_once=5).at_once == 5
+    assert Once(InProcess(at_once=3)).at_once == 3
+    assert Once(InProcess(at_once=3), at_once=5).at_once == 5
     with pytest.raises(ConfigError, match="at_once=0"):
-        Shared(InProcess(), at_once=0)
+        Once(InProcess(), at_once=0)
 
 
 def test_without_a_pipeline_there_is_nothing_to_run() -> None:
     with pytest.raises(RuntimeError, match="not started"):
-        Shared(InProcess()).submit(HALF)
+        Once(InProcess()).submit(HALF)

@@ -8,11 +8,11 @@ from autoprune.errors import ConfigError
 from autoprune.evaluation.executor import Executor, Runs, Work
 from autoprune.evaluation.pipeline import Outcome
 
-__all__ = ["Shared"]
+__all__ = ["Once"]
 
 
 @final
-class Shared:
+class Once:
     """Runs each policy once, on another executor; see `Executor`.
 
     The pipelines that it is started with must give the same outcomes, as those of one task, seed and fidelity do: the
