@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from autoprune.inputs import evaluating
 from autoprune.structure.copying import copied
@@ -58,14 +60,13 @@ class Folding:
         idle = tuple(f"{name}." for name in without)
         there = dict(model.named_modules())
         memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        with evaluating(model):
-            for pair in self.pairs:
-                convolution, norm = (there.get(name) for name in pair)
-                if idle and any(f"{name}.".startswith(idle) for name in pair):
-                    continue
-                if isinstance(convolution, _CONVOLUTIONS) and isinstance(norm, _NORMS):  # else their block is gone
-                    memo[id(convolution)] = fuse_conv_bn_eval(convolution, norm)
-                    memo[id(norm)] = nn.Identity()
+        for pair in self.pairs:
+            convolution, norm = (there.get(name) for name in pair)
+            if idle and any(f"{name}.".startswith(idle) for name in pair):
+                continue
+            if isinstance(convolution, _CONVOLUTIONS) and isinstance(norm, _NORMS):  # else their block is gone
+                memo[id(convolution)] = _folded(convolution, norm)
+                memo[id(norm)] = nn.Identity()
         return copied(model, memo)
 
     def _same(self, model: nn.Module, inputs: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -75,6 +76,24 @@ class Folding:
             return False
         allowed = _TOLERANCE * float(expected.abs().max())
         return found.shape == expected.shape and bool((found - expected).abs().max() <= allowed)
+
+
+def _folded(convolution: _ConvNd, norm: _BatchNorm) -> nn.Module:
+    """Return a convolution that does what both do in eval mode."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    weight, bias = fuse_conv_bn_weights(
+        convolution.weight,
+        convolution.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        norm.weight,
+        norm.bias,
+    )
+    new = copied(convolution, {id(convolution.weight): weight})
+    new.bias = bias  # where there was none
+    return new
 
 
 def _adjacent(model: nn.Module, inputs: torch.Tensor) -> list[tuple[str, str]]:
