@@ -153,16 +153,15 @@ def page(options: argparse.Namespace) -> Iterator[str]:
 
 
 def table(name: str, document: Mapping[str, Any], options: argparse.Namespace) -> Iterator[str]:
-    """Yield a task's heading, table and findings."""
+    """Yield a task's heading and table; what `autoprune.compare` says of them in words is on its pages."""
     dense, recipe = document["dense"], document["finalized"]
-    task, samples = document["task"], document["task"].get("samples", {})
-    yield f"## {task.get('name', name)}, {document['search']['budget']}"
+    yield f"## {document['task'].get('name', name)}, {document['search']['budget']}"
     yield ""
     yield (
         f"Dense {dense['accuracy']:.2%} on validation"
         + ("" if recipe is None else f", {recipe['dense_test']['accuracy']:.2%} on test")
         + f"; {document['seeds']} seeds, {document['evaluations']} evaluations each, {document['evaluated']} policies "
-        f"evaluated in all; {document['fidelity']}{f'; {samples}' if samples else ''}."
+        f"evaluated in all; {document['fidelity']}."
     )
     yield ""
     columns = ["agent", "pick, as found", "hypervolume", "evaluations to 99 %", "asked for", "test, fine-tuned"]
@@ -185,8 +184,6 @@ def table(name: str, document: Mapping[str, Any], options: argparse.Namespace) -
             cells += [spread(t_interval(values)._asdict()), more(values, tests.get("random"))]
             cells.append(more(values, tests.get("uniform")))
             yield f"| {' | '.join(cells)} |"
-    yield ""
-    yield from (f"- {line}" for line in document["words"])
     yield ""
 
 
@@ -213,7 +210,7 @@ def spread(interval: Mapping[str, float | None]) -> str:
     """Return a mean in percent and half of its interval."""
     mean, high = interval["mean"], interval["high"]
     assert mean is not None
-    return f"{mean:.2%}" + ("" if high is None or high == mean else f" ± {100 * (high - mean):.2f}")
+    return f"{mean:.2%}" + ("" if high is None or high - mean < 5e-5 else f" ± {100 * (high - mean):.2f}")
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """How fast candidates are evaluated, beside the loops that people write by hand, at identical work.
 
     python benchmarks/throughput.py --data-root DIR --weights resnet20-12fca82f.th --json throughput.json
-    python benchmarks/throughput.py --network torchvision:resnet18 --size 224 --val 200 --calibration 100
+    python benchmarks/throughput.py --network torchvision:resnet18 --size 224 --val 100 --calibration 50 --steps 0 \
+        --repeats 3 --ratios 0.5 --raced 0
 
 One candidate is: remove the same share of every group inside a block (the residual stages of the CIFAR networks, padded
 with zeros, are beyond Torch-Pruning), recalibrate batch-norm on augmented training images (2,000), and
