@@ -91,8 +91,8 @@ def _folded(convolution: _ConvNd, norm: _BatchNorm) -> nn.Module:
         norm.weight,
         norm.bias,
     )
-    new = copied(convolution, {id(convolution.weight): weight})
-    new.bias = bias  # where there was none
+    new = object.__new__(type(convolution))
+    new.__dict__.update(convolution.__dict__, _parameters={"weight": weight, "bias": bias})
     return new
 
 
