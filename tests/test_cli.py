@@ -313,7 +313,10 @@ WRONG = {
     "task": (["--task", "nothing.py:make"], "nothing.py"),
     "bounds": (["--bounds", "nothing.toml"], "nothing.toml"),
     "no aim": (["--max-drop", "1.5"], "0.01 is one point"),
-    "setting of another agent": (["--agent", "amc", "--no-warm-start"], "no setting of the agent amc 'warm_start'"),
+    "setting of another agent": (
+        ["--agent", "random", "--no-warm-start"],
+        "no setting of the agent random 'warm_start'",
+    ),
     "storage alone": (["--storage", "sqlite:///trials.db"], "--study"),
 }
 
