@@ -15,7 +15,7 @@ For each task:
 - `autoprune.compare`: all agents, `--seeds` seeds, `--candidates` evaluations each, reconstructed (the rung that ranks
   best a second, see `closed_form.md`), then every pick fine-tuned with one recipe and tested on all test images.
 - Searches of other lengths: the default agent with `--few` evaluations, and AMC with the paper's settings and `--many`;
-  their picks are fine-tuned with the same recipe.
+  their picks (of all that was measured, uniform included) are fine-tuned with the same recipe.
 
 To bring this to hours, candidates are measured on `--val-images` validation images, and training images are the first
 `--train-images` of a shuffle; test images are all there are. Called again, it goes on where it stopped.
@@ -23,6 +23,7 @@ To bring this to hours, candidates are measured on `--val-images` validation ima
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,9 @@ def searched(name: str, options: argparse.Namespace, agent: Any, label: str, can
             out = folder / str(seed)
             if (out / "final.json").exists():
                 continue
+            out.mkdir(parents=True, exist_ok=True)
+            for file in ("precision.json", "sensitivity.json"):  # or outcomes would not be the comparison's
+                shutil.copyfile(options.out / name / file, out / file)
             with watching(quiet=True) as progress:
                 result = ap.search(
                     made(setting, options),  # whose test split can be opened once
@@ -134,7 +138,6 @@ def searched(name: str, options: argparse.Namespace, agent: Any, label: str, can
                     agent_seed=seed,
                     budget=setting.budget,
                     control=0,
-                    reuse=options.out / name / "sensitivity.json",
                     executor=once,
                     tracker=NullTracker(),
                     progress=progress,

@@ -450,7 +450,7 @@ def main() -> None:
     work = same.macs * (task.n_val + options.calibration)
     found = {
         "machine": {"torch": torch.__version__, "python": platform.python_version(), "threads": options.threads},
-        "settings": {key: str(value) for key, value in vars(options).items()},
+        "settings": {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(options).items()},
         "precision": str(same.bench.choice),
         "macs": same.macs,
         "candidates": candidates,
