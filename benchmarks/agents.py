@@ -104,7 +104,7 @@ def compared(name: str, options: argparse.Namespace) -> None:
         ap.compare(
             made(setting, options),
             out=options.out / name,
-            agents=AGENTS,
+            agents={name: AGENTS[name] for name in options.agents},
             seeds=options.seeds,
             candidates=options.candidates,
             budget=setting.budget,
@@ -237,6 +237,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--weights-dir", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="a folder for all searches")
     parser.add_argument("--tasks", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument(
+        "--agents", nargs="*", default=list(AGENTS), choices=list(AGENTS), help="uniform and random always"
+    )
     parser.add_argument("--parts", nargs="*", default=["few", "many"], choices=["few", "many"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--candidates", type=int, default=100)

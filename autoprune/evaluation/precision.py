@@ -35,6 +35,7 @@ AGREEMENT: Final = 0.01
 more than this."""
 GAIN: Final = 1.25
 """How many times as fast as float32 another format must be; less is not told from noise, and not worth the rounding."""
+_HOPELESS: Final = 3.0  # times the fastest so far: what is slower on a part of the samples is tried no further
 _MOST, _FEWEST, _MACS = 500, 64, 20_000_000_000  # samples that precisions are tried on
 _TRAINED = 64  # of them, in a training step
 _BYTES = 1 << 30  # of a layer's activations, for all of them
@@ -179,7 +180,8 @@ def choose(
     """Time a network in every precision, and return the fastest that agrees with float32, for measuring and training.
 
     A sample differs where its score does, or, if outputs are `(n, classes)`, the class of highest output. Training is
-    tried in the layout that measures fastest; it need not agree, since batches differ by more than rounding.
+    tried in the layout that measures fastest; it need not agree, since batches differ by more than rounding. What is
+    several times slower on some of the samples is timed on no more of them, and not tried in training.
 
     Args:
         model: The dense network, whose layout and gradients change.
@@ -198,25 +200,30 @@ def choose(
     with torch.no_grad(), evaluating(model):
         for precision in tried:
             try:
-                seconds, outputs = _timed(model, precision, inputs, clock)
+                limit = _HOPELESS * min((t.seconds for t in trials if t.failure is None), default=math.inf) / 1000
+                each, outputs = _timed(model, precision, inputs, clock, limit)
             except Exception as error:  # as much as networks can object to
                 if not expected:
                     raise
                 trials.append(Trial(precision, 0.0, 1.0, failure=f"fails: {' '.join(str(error).split())[:100]}"))
                 continue
-            found = _decided(outputs, targets, metric)
+            found = _decided(outputs, targets[: len(outputs)], metric)
             expected = expected or found
-            differs = torch.stack([_apart(*pair) for pair in zip(expected, found, strict=True)]).any(0).float().mean()
-            trials.append(Trial(precision, round(1000 * seconds / len(inputs), 4), float(differs)))
+            pairs = zip((whole[: len(outputs)] for whole in expected), found, strict=True)
+            differs = torch.stack([_apart(*pair) for pair in pairs]).any(0).float().mean()
+            trials.append(Trial(precision, round(1000 * each, 4), float(differs)))
     allowed = max(AGREEMENT, 1.001 / len(inputs))
     agree = [t for t in trials if t.failure is None and (t.differs <= allowed or t.precision.dtype == "float32")]
     best = _fastest({trial.precision: trial.seconds for trial in agree})
+    fastest = min(trial.seconds for trial in agree)
     few, few_targets = inputs[:trained], targets[:trained]
     with seeded_torch(0, inputs.device):  # dropout draws
         training = {
             trial.precision: 1000 * _trained(model, trial.precision, few, few_targets, loss, clock) / len(few)
             for trial in trials
-            if trial.failure is None and trial.precision.channels_last == best.channels_last
+            if trial.failure is None
+            and trial.precision.channels_last == best.channels_last
+            and (trial.precision.dtype == "float32" or trial.seconds <= _HOPELESS * fastest)
         }
     told = [replace(trial, training=round(training.get(trial.precision, 0.0), 4)) for trial in trials]
     finite = {precision: seconds for precision, seconds in training.items() if math.isfinite(seconds)}
@@ -224,22 +231,27 @@ def choose(
 
 
 def _timed(
-    model: nn.Module, precision: Precision, inputs: torch.Tensor, clock: Callable[[], float]
+    model: nn.Module, precision: Precision, inputs: torch.Tensor, clock: Callable[[], float], limit: float
 ) -> tuple[float, torch.Tensor]:
-    """Return the shorter of two passes' seconds, and the outputs."""
+    """Return the shorter of two passes' seconds a sample, and the outputs; of a part alone, if that is over a limit."""
     placed = _laid_out(model, precision, inputs)
     if precision.dtype != "float32":
         model = Folding(model, placed[:2])(model)
+
+    def passed(samples: torch.Tensor) -> tuple[float, torch.Tensor]:
+        started = clock()
+        outputs = model(samples)
+        synchronise(inputs.device)
+        return (clock() - started) / len(samples), outputs.float()
+
     with precision.running(inputs.device):
         model(placed[:8])
         synchronise(inputs.device)
-        seconds = []
-        for _ in range(2):
-            started = clock()
-            outputs = model(placed)
-            synchronise(inputs.device)
-            seconds.append(clock() - started)
-    return min(seconds), outputs.float()
+        part, outputs = passed(placed[: -(-len(placed) // 8)])
+        if part > limit:
+            return part, outputs
+        seconds, outputs = zip(*(passed(placed) for _ in range(2)), strict=True)
+    return min(seconds), outputs[-1]
 
 
 @torch.enable_grad()

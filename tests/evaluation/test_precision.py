@@ -51,8 +51,8 @@ def clock(*seconds: float) -> Callable[[], float]:
 
 
 def timed(plain: float, last: float, half: float, *training: float) -> Callable[[], float]:
-    """Return a clock for passes (two each) and then training steps (three each) of these seconds."""
-    passes = [second for second in (plain, last, half) for _ in range(2)]
+    """Return a clock for passes (a part and two whole ones each) and then training steps (three each)."""
+    passes = [second for whole in (plain, last, half) for second in (PART * whole, whole, whole)]
     return clock(*passes, *(second for second in training for _ in range(3)))
 
 
@@ -66,6 +66,7 @@ def convolutional(*more: nn.Module) -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), *more, nn.Flatten(), nn.Linear(4 * 36, 4)))
 
 
+PART = 3 / 20  # an eighth of the images, rounded up
 IMAGES = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 CLASSES = torch.arange(20) % 4
 
@@ -104,6 +105,19 @@ class TestChoice:
         found = choice(timed(4.0, 4.0, 1.0, 1.0, 2.0))
         assert (found.precision, found.training) == (HALF, LAST)
 
+    def test_what_is_hopeless_on_a_part_is_tried_no_further(self):
+        found = choice(clock(PART * 2.0, 2.0, 2.0, PART * 1.0, 1.0, 1.0, PART * 3.1, 6.0, 6.0, 6.0))
+        assert (found.precision, found.training) == (LAST, LAST)
+        assert [(t.precision, t.seconds, t.training) for t in found.trials] == [
+            (PLAIN, 100.0, 0.0),
+            (LAST, 50.0, 300.0),
+            (HALF, 155.0, 0.0),  # of the part, which took more than three times as long; neither whole nor trained
+        ]
+
+    def test_what_is_slow_but_not_hopeless_is_tried_in_training(self):
+        found = choice(timed(4.0, 1.0, 2.9, 6.0, 3.0))
+        assert (found.precision, found.training) == (LAST, HALF)
+
     def test_what_decides_otherwise_is_not_chosen_to_measure(self):
         class Close(nn.Module):
             """Classes a hair apart, which bfloat16 can't tell from each other."""
@@ -127,7 +141,7 @@ class TestChoice:
                     raise RuntimeError("expected scalar type Float")
                 return x
 
-        found = choice(clock(*[4.0] * 4, *[1.0] * 3), convolutional(Strict()))
+        found = choice(clock(*[PART * 4.0, 4.0, 4.0] * 2, *[1.0] * 3), convolutional(Strict()))
         assert (found.precision, found.training) == (PLAIN, PLAIN)
         assert found.trials[-1].failure == "fails: expected scalar type Float"
         assert "bfloat16 channels-last fails: expected scalar type Float" in str(found)
@@ -159,7 +173,10 @@ class TestChoice:
                 assert x.dtype == torch.float32
                 return x
 
-        assert choice(clock(*[4.0] * 4, *[1.0] * 3), convolutional(Asserting())).trials[-1].failure is not None
+        assert (
+            choice(clock(*[PART * 4.0, 4.0, 4.0] * 2, *[1.0] * 3), convolutional(Asserting())).trials[-1].failure
+            is not None
+        )
 
     @pytest.mark.parametrize(
         ("metric", "differs"),
@@ -179,7 +196,7 @@ class TestChoice:
 
     def test_inputs_that_are_no_images_have_one_layout(self):
         model, inputs = seeded(lambda: nn.Linear(6, 4)), torch.ones(9, 6)
-        found = choose(model, inputs, torch.zeros(9).long(), top1, cross_entropy, clock=clock(*[1.0] * 10))
+        found = choose(model, inputs, torch.zeros(9).long(), top1, cross_entropy, clock=clock(*[1.0] * 12))
         assert [trial.precision for trial in found.trials] == [PLAIN, Precision("bfloat16", False)]
 
     def test_written_and_read(self):
