@@ -488,13 +488,17 @@ def compare(
     workers: Workers = 1,
     ray_address: RayAddress = None,
     worker_gpus: WorkerGpus = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, help="Searches that run together, each in a process with its share of the cores.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the task, the same for all: what a policy measures.")] = 0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Search with several agents and seeds at equal evaluations, and say which differences are larger than the noise.
 
-    One search after another; workers evaluate candidates of one at a time. What is the same for all is measured once.
+    One search after another, whose candidates --workers evaluates, or --parallel searches together. What is the same
+    for all is measured once.
     """
     settings: dict[str, Any] = {
         "budget": budget,
@@ -534,6 +538,7 @@ def compare(
             source=source,
             reuse=reuse,
             executor=_executor(workers, ray_address, worker_gpus),
+            parallel=parallel,
             **settings,
         )
     _print_comparison(result)

@@ -2,10 +2,11 @@
 
 Every agent and seed is an ordinary search in a folder of its own. What is the same for all is measured once: groups one
 by one, moments, the precision, and each policy that more than one search asks for; every search is charged for it. The
-searches run one after another and share one executor, whose workers evaluate candidates of one search at a time.
+searches run one after another and share one executor, whose workers evaluate candidates of one search at a time; or
+several run together, once the first has left what all share, each in a process that evaluates its own.
 """
 
-import functools
+import copy
 import json
 import math
 import os
@@ -13,11 +14,15 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
+import torch
+
 from autoprune import registry
 from autoprune.cost import Cost
+from autoprune.devices import nearest
 from autoprune.errors import ConfigError, RunError, TaskError, TestSetError
 from autoprune.evaluation import Candidate, Executor, InProcess, Ledger, Once, Outcome
 from autoprune.export import load
@@ -76,6 +81,7 @@ def compare(
     source: Mapping[str, Any] | None = None,
     reuse: str | Path | None = None,
     executor: Executor | None = None,
+    parallel: int = 1,
     **settings: Any,
 ) -> Comparison:
     """Search with several agents and seeds, and say how they stand, and which differences are larger than the noise.
@@ -97,6 +103,10 @@ def compare(
         reuse: A sensitivity report of the same network and data.
         executor: Where candidates are evaluated, as for `autoprune.search`. How many are under way together is part of
             what the searches are, and stays as it was when the comparison began.
+        parallel: Searches, and later picks that are fine-tuned, that run together, each in a process of its own with an
+            equal share of the threads and all of the data in memory. What they find is what they find one after
+            another, but for what rounding with fewer threads changes; a policy that two of them propose while both run
+            is evaluated twice, and counted as it always is. Not together with an `executor`.
         settings: The fields of `SearchSettings`: `budget`, `candidates`, `seed`, ...; the agents' picks are the most
             accurate of their proposals within the budget, so there must be one.
 
@@ -105,8 +115,14 @@ def compare(
         InfeasibleBudgetError: No policy meets the budget.
         RunError: The folder holds another comparison, or was finalised otherwise.
         TestSetError: The test set was read before.
+        ExecutorError: A process died, or the task can't be sent to one.
     """
     options = _options(settings)
+    if parallel < 1 or (parallel > 1 and executor is not None):
+        raise ConfigError(
+            f"`parallel >= 1` must hold, and be 1 with an `executor`, but got parallel={parallel}: either searches run "
+            "together, or candidates of one search do"
+        )
     if seeds < 1:
         raise ConfigError(f"`seeds >= 1` must hold, but got seeds={seeds}")
     if finalize is not None and (finalize < 1 or not finalize_lr > 0):
@@ -131,37 +147,25 @@ def compare(
     }
     folder.claim(config, ("digest", "measures", "search"))
     at_once = folder.read(folder.config)["parallel"]["at_once"]
+    plan = _Plan(task, folder.path, contestants, seeds, settings, source, reuse, at_once)
+    told = _Told(watcher, len(plan.runs), 1 + options.control_size + options.candidates)
+    begun = any(run.finished for run in plan.runs)
+    in_turn = plan.runs if parallel == 1 else plan.runs[: 0 if begun else 1]  # the first leaves what all share
     once = Once(runs, _known(folder), at_once)
-    all_runs = [
-        _Run(name, seed, agent, RunFolder(folder.path / _folder_name(name) / str(seed)))
-        for seed in range(seeds)
-        for name, agent in contestants.items()
-    ]
-    told = _Told(watcher, len(all_runs), 1 + options.control_size + options.candidates)
     try:
-        for number, run in enumerate(all_runs):
+        for number, run in enumerate(in_turn):
             told.turn(number, f"{run.agent}, seed {run.seed}")
             if not run.finished:
-                _share(folder, run.folder)
-                search(
-                    task,
-                    out=run.folder.path,
-                    agent=run.proposer,
-                    tracker=NullTracker(),
-                    progress=told,
-                    source=source,
-                    reuse=reuse,
-                    executor=once,
-                    agent_seed=run.seed,
-                    **settings,
-                )
+                _search(plan, run, once, told)
             _share(run.folder, folder)
+        if parallel > 1:
+            _search_together(plan, parallel, told)
     finally:
         once.stop()
         told.over()
     if finalize is not None:
-        _finalize(task, all_runs, finalize, finalize_lr, watcher)
-    return _concluded(folder, task, common, all_runs, options)
+        _finalize(plan, finalize, finalize_lr, watcher, parallel)
+    return _concluded(folder, task, common, plan.runs, options)
 
 
 # -- who is compared ------------------------------------------------------------------------------------------------
@@ -211,6 +215,56 @@ class _Run:
         if not own:
             raise TaskError(f"nothing that {self.agent} proposed with seed {self.seed} could be measured: no pick")
         return pick(own, fits=fits)[0]
+
+
+@final
+class _Plan:
+    """What is searched, and how: all that a process needs of a comparison.
+
+    Args:
+        task: Network, data and measures.
+        out: The comparison's folder.
+        contestants: The agents by name.
+        seeds: How many.
+        settings: Of all searches.
+        source: How the command line made the task.
+        reuse: A sensitivity report.
+        at_once: Candidates of a search that are under way together.
+
+    Attributes:
+        runs: The searches, in the order in which they are begun.
+        device: Where the network is.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        out: Path,
+        contestants: Mapping[str, Any],
+        seeds: int,
+        settings: Mapping[str, Any],
+        source: Mapping[str, Any] | None,
+        reuse: str | Path | None,
+        at_once: int,
+    ) -> None:
+        self.task, self.out = task, out
+        self.settings, self.source, self.reuse, self.at_once = dict(settings), source, reuse, at_once
+        self.device = task.example_input.device
+        self.runs = [
+            _Run(name, seed, agent, RunFolder(out / _folder_name(name) / str(seed)))
+            for seed in range(seeds)
+            for name, agent in contestants.items()
+        ]
+
+    def to_send(self) -> "_Plan":
+        """Return a plan for another process: nothing of it is on an accelerator."""
+        sent = copy.copy(self)
+        sent.task = self.task.on("cpu")
+        return sent
+
+    def task_here(self) -> Task:
+        """Return the task, in a process that the plan was sent to, on its device or the nearest that there is."""
+        return self.task.on(nearest(self.device))
 
 
 def _options(settings: Mapping[str, Any]) -> SearchSettings:
@@ -263,6 +317,48 @@ def _folder_name(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", name)
 
 
+# -- searches -------------------------------------------------------------------------------------------------------
+
+
+def _search(plan: _Plan, run: _Run, executor: Executor, progress: Progress, task: Task | None = None) -> None:
+    """Search with one agent and seed, or go on with it."""
+    _share(RunFolder(plan.out), run.folder)
+    search(
+        plan.task if task is None else task,
+        out=run.folder.path,
+        agent=run.proposer,
+        tracker=NullTracker(),
+        progress=progress,
+        source=plan.source,
+        reuse=plan.reuse,
+        executor=executor,
+        agent_seed=run.seed,
+        **plan.settings,
+    )
+
+
+def _search_together(plan: _Plan, parallel: int, told: "_Told") -> None:
+    """Do the searches that are left, several at a time."""
+    from autoprune.processes import apart  # loads cloudpickle
+
+    for run in plan.runs:
+        if run.finished:
+            _share(run.folder, RunFolder(plan.out))
+    left = [number for number, run in enumerate(plan.runs) if not run.finished]
+    told.together(parallel, [run.folder for run in plan.runs])
+    apart(_search_apart, plan.to_send(), left, processes=parallel, threads=_threads(parallel), tick=told.look)
+
+
+def _search_apart(plan: _Plan, number: int) -> None:
+    """Do one of the searches, in a process of its own."""
+    once = Once(InProcess(), _known(RunFolder(plan.out)), plan.at_once)
+    _search(plan, plan.runs[number], once, Silent(), plan.task_here())
+
+
+def _threads(parallel: int) -> int:
+    return max(1, torch.get_num_threads() // parallel)
+
+
 # -- what is shared -------------------------------------------------------------------------------------------------
 
 
@@ -293,10 +389,28 @@ class _Told:
         self._number, self._label = 0, ""
         self._stage: str | None = None
         self._begun = False
+        self._folders: Sequence[RunFolder] = ()
 
     def turn(self, number: int, label: str) -> None:
         """Go on with another search."""
         self._number, self._label = number, label
+
+    def together(self, parallel: int, folders: Sequence[RunFolder]) -> None:
+        """Go on with several searches, of which nothing is heard but what they leave on disk."""
+        self._label, self._folders = f"{parallel} searches together", folders
+        if not self._begun:
+            self._begun = True
+            self._progress.begin("comparing", self._runs * self._steps)
+
+    def look(self) -> None:
+        """Say how far they are."""
+        done = 0
+        for folder in self._folders:
+            if folder.result.exists():
+                done += self._steps
+            elif folder.ledger.exists():
+                done += min(folder.ledger.read_bytes().count(b"\n"), self._steps)
+        self._progress.step(done, self._label)
 
     def over(self) -> None:
         """End."""
@@ -330,14 +444,14 @@ class _Told:
 # -- the picks, fine-tuned ------------------------------------------------------------------------------------------
 
 
-def _finalize(task: Task, runs: Sequence[_Run], epochs: int, lr: float, progress: Progress) -> None:
+def _finalize(plan: _Plan, epochs: int, lr: float, progress: Progress, parallel: int) -> None:
     """Fine-tune every pick by one recipe; then read the test set once, for all that were not tested yet.
 
     Picks that are the same policy are fine-tuned once.
     """
-    done: dict[str, _Run] = {}
+    task, runs = plan.task, plan.runs
     chosen = [run.pick(_fits(run)) for run in runs]
-    for run, candidate in zip(runs, chosen, strict=True):
+    for run in runs:
         if run.folder.final.exists():
             final = run.folder.read(run.folder.final)
             if (final["epochs"], final["lr"]) != (epochs, lr):
@@ -345,22 +459,43 @@ def _finalize(task: Task, runs: Sequence[_Run], epochs: int, lr: float, progress
                     f"{run.folder.path} was finalised with {final['epochs']} epochs at lr {final['lr']:g}, not "
                     f"{epochs} at {lr:g}; compare in another folder"
                 )
-            done[candidate.id] = run
     untested = [run for run in runs if not run.folder.final.exists() or "test" not in run.folder.read(run.folder.final)]
     if untested and task.n_test and task.test_read:
         raise TestSetError("the test set has been read already; compare before, or instead of, testing by hand")
-    blind = task.without_test()
     if all(run.folder.final.exists() for run in runs):
         progress = Silent()
     progress.begin(f"fine-tuning picks for {epochs} epochs", len(runs))
+    tuned = {c.id: run for run, c in zip(runs, chosen, strict=True) if run.folder.final.exists()}
+    first: dict[str, int] = {}  # whose pick it is
+    for number, candidate in enumerate(chosen):
+        if candidate.id not in tuned:
+            first.setdefault(candidate.id, number)
+    if parallel > 1 and len(first) > 1:
+        from autoprune.processes import apart  # loads cloudpickle
+
+        def look() -> None:
+            done = sum(run.folder.final.exists() for run in runs)
+            progress.step(done, f"{parallel} picks together")
+
+        work = partial(_finalize_apart, epochs=epochs, lr=lr)
+        numbers = list(first.values())
+        apart(work, plan.to_send(), numbers, processes=parallel, threads=_threads(parallel), tick=look)
+        tuned |= {identity: runs[number] for identity, number in first.items()}
+    blind = task.without_test()
     for number, (run, candidate) in enumerate(zip(runs, chosen, strict=True), 1):
         if not run.folder.final.exists():
-            _finalize_one(run, candidate, done.get(candidate.id), functools.partial(open_run, task=blind), epochs, lr)
-            done.setdefault(candidate.id, run)
+            _finalize_one(run, candidate, tuned.get(candidate.id), partial(open_run, task=blind), epochs, lr)
+            tuned.setdefault(candidate.id, run)
         progress.step(number, f"{run.agent}, seed {run.seed}")
     progress.end()
     if untested and task.n_test:
         _test(task, untested)
+
+
+def _finalize_apart(plan: _Plan, number: int, *, epochs: int, lr: float) -> None:
+    """Fine-tune one of the picks, in a process of its own."""
+    run, blind = plan.runs[number], plan.task_here().without_test()
+    _finalize_one(run, run.pick(_fits(run)), None, partial(open_run, task=blind), epochs, lr)
 
 
 def _finalize_one(

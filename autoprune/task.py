@@ -342,12 +342,20 @@ class Task:
 
 
 class _Sealed:
-    """A split that can be taken out once, by the finaliser."""
+    """A split that can be taken out once, by the finaliser. Pickled it leaves its samples behind; copies share it."""
 
     def __init__(self, split: Split | None) -> None:
         self.size = 0 if split is None else len(split)
         self.read = False
         self._split = split
+        self._sent = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the samples where they are."""
+        return vars(self) | {"_split": None, "_sent": True}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
     def open(self, reader: str) -> Split:
         if reader != FINALISER:
@@ -356,6 +364,8 @@ class _Sealed:
             )
         if self.size == 0:
             raise TestSetError("the task has no test set; give one: Task(..., test=...)")
+        if self._sent:
+            raise TestSetError("this task was sent here without its test set, which is read where it was made")
         if self._split is None:
             raise TestSetError("the test set has been read already; a second reading would make it a validation set")
         split, self._split = self._split, None

@@ -111,6 +111,7 @@ def compared(name: str, options: argparse.Namespace) -> None:
             control=0,
             finalize=setting.epochs,
             finalize_lr=options.lr,
+            parallel=options.parallel,
             progress=progress,
         )
 
@@ -243,6 +244,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="*", default=["few", "many"], choices=["few", "many"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--candidates", type=int, default=100)
+    parser.add_argument("--parallel", type=int, default=1, help="searches of the comparison that run together")
     parser.add_argument("--few", type=int, default=40)
     parser.add_argument("--many", type=int, default=400)
     parser.add_argument("--val-images", type=int, default=2000)

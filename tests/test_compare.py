@@ -289,6 +289,53 @@ def test_what_all_searches_say_is_said_once_and_steps_are_counted_on(tmp_path: P
     assert watcher.steps[-1] <= 12
 
 
+# -- together ---------------------------------------------------------------------------------------------------------
+
+
+def test_searches_and_fine_tuning_together_find_what_they_find_in_turn(tmp_path: Path) -> None:
+    class Watcher(Silent):
+        stages: ClassVar[list[str]] = []
+        steps: ClassVar[list[tuple[int, str]]] = []
+
+        def begin(self, stage: str, total: int) -> None:
+            self.stages.append(stage)
+
+        def step(self, done: int, text: str) -> None:
+            self.steps.append((done, text))
+
+    agents, task = {"mine": Fixed()}, make_task()  # a class of this file, which no other process could import
+    together = run(tmp_path / "out", task, agents=agents, seeds=1, finalize=1, parallel=2, progress=Watcher())
+    in_turn = run(tmp_path / "in turn", agents=agents, seeds=1, finalize=1)
+    assert table(tmp_path / "out") == table(tmp_path / "in turn")
+    assert together.standings.tested == in_turn.standings.tested
+    assert together.standings.table[0].tests is not None
+    assert task.test_read
+    assert "comparing" in Watcher.stages
+    assert (12, "2 searches together") not in Watcher.steps[:1]  # the first search has a process to itself
+    assert any(text == "2 searches together" for _, text in Watcher.steps)
+    for agent in ("mine", "random", "uniform"):
+        here, there = (
+            [(c.id, c.number, c.measurements) for c in Ledger(folder / agent / "0" / "ledger.jsonl")]
+            for folder in (tmp_path / "out", tmp_path / "in turn")
+        )
+        assert here == there
+        folder = RunFolder(tmp_path / "out" / agent / "0")
+        assert folder.read(folder.config)["task"]["test"] == 60  # known there, but its samples are not
+
+
+def test_what_a_search_raises_in_its_process_is_raised_here(tmp_path: Path) -> None:
+    class Broken:
+        objectives: ClassVar[Objectives] = "one"
+
+        def run(self, env: PruningEnv, *, seed: int) -> None:
+            raise ConfigError("this task is not for me")
+
+    with pytest.raises(ConfigError, match="this task is not for me"):
+        run(tmp_path / "out", agents={"random": "random", "mine": Broken()}, seeds=1, parallel=2, sensitivity=())
+    folder = RunFolder(tmp_path / "out" / "random" / "0")
+    assert folder.result.exists()
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -308,6 +355,8 @@ def test_what_all_searches_say_is_said_once_and_steps_are_counted_on(tmp_path: P
         ({"agents": [TPEAgent]}, "an agent is a name or an object"),
         ({"agents": ["nsga2"], "race": True}, "nsga2 trades accuracy for cost"),
         ({"seeds": 0}, "`seeds >= 1`"),
+        ({"parallel": 0}, "`parallel >= 1`"),
+        ({"parallel": 2, "executor": Counting()}, "be 1 with an `executor`"),
         ({"finalize": 0}, "`finalize >= 1`"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"autoprune": "autoprune", "agents": "autoprune.agents", "search_spaces": "autoprune.search_spaces"}
 
-_BASE = "errors policy registry devices seeds threads progress run inputs"
+_BASE = "errors policy registry devices seeds threads progress processes run inputs"
 _TASK = "data models task"
 _NETWORK = f"{_BASE} structure cost"
 _TRAINING = f"{_NETWORK} {_TASK} moments scoring scheduling"
@@ -37,6 +37,7 @@ LAYERS = {
     "seeds": "",
     "threads": "devices",
     "progress": "",
+    "processes": "errors",
     "run": "errors",
     "inputs": "",
     "data": _BASE,
@@ -76,6 +77,7 @@ LAYERS = {
 
 # The only files that name a library when they run. `import autoprune` loads none of these libraries, but for scipy.
 DOORS = {
+    "cloudpickle": {"autoprune.processes"},
     "gymnasium": {"autoprune.environment", "autoprune.agents.amc"},
     "mlflow": {"autoprune.tracking"},
     "optuna": {"autoprune.agents.optuna"},

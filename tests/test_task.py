@@ -1,7 +1,9 @@
 """A task keeps its splits apart, seals its test set, never changes the model, refuses what can only fail later."""
 
+import copy
 import itertools
 import json
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,6 +158,17 @@ def test_the_test_set_is_opened_once_and_by_the_finaliser_alone(net: nn.Module) 
     assert task.n_test == 7
     with pytest.raises(TestSetError, match="has no test set"):
         Task(net, train=samples(20)).open_test("finaliser")
+
+
+def test_a_task_that_is_sent_leaves_its_test_set_behind_and_a_copy_shares_it(net: nn.Module) -> None:
+    task = Task(net, train=samples(20), test=samples(7, 20))
+    sent = pickle.loads(pickle.dumps(task))
+    assert sent.n_test == 7
+    with pytest.raises(TestSetError, match="sent here without its test set"):
+        sent.open_test("finaliser")
+    copied = copy.deepcopy(task)
+    copied.open_test("finaliser")
+    assert task.test_read
 
 
 # ------------------------------------------------------------------------------------------------------------ batches

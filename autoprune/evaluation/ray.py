@@ -8,8 +8,6 @@ import logging
 import os
 import signal
 import socket
-import sys
-import sysconfig
 import threading
 import traceback
 from collections import Counter, deque
@@ -17,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final, final
 
 import ray
@@ -28,6 +25,7 @@ from ray.exceptions import RayError
 from autoprune.errors import ConfigError, ExecutorError
 from autoprune.evaluation.executor import Runs, Work
 from autoprune.evaluation.pipeline import Outcome
+from autoprune.processes import users_modules
 
 __all__ = ["RayExecutor"]
 
@@ -121,7 +119,7 @@ class RayExecutor:
         on_gpu = pipeline.device.type == "cuda"
         self._threads = threads
         self._options = {"num_cpus": threads, "num_gpus": float(on_gpu) if self._gpus is None else self._gpus}
-        for module in _users_modules():
+        for module in users_modules():
             register_pickle_by_value(module)
         try:
             self._pipeline = ray.put(pipeline)
@@ -268,19 +266,6 @@ class _Worker:
 
 
 _ACTOR: Final[Any] = ray.remote(max_restarts=0, max_task_retries=0)(_Worker)
-
-
-def _users_modules() -> Iterator[ModuleType]:
-    """Yield the modules that are not installed, which other machines could not import: they travel as they are."""
-    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    for name, module in tuple(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if not file or not Path(file).is_absolute() or getattr(module, "__name__", None) != name:
-            continue
-        parents = Path(file).resolve().parents
-        elsewhere = {parent.name for parent in parents} & {"site-packages", "dist-packages"}
-        if name.partition(".")[0] not in ("autoprune", "__main__") and not elsewhere and installed.isdisjoint(parents):
-            yield module
 
 
 @contextmanager
