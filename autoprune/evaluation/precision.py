@@ -250,8 +250,9 @@ def _timed(
         part, outputs = passed(placed[: -(-len(placed) // 8)])
         if part > limit:
             return part, outputs
-        seconds, outputs = zip(*(passed(placed) for _ in range(2)), strict=True)
-    return min(seconds), outputs[-1]
+        first, _ = passed(placed)
+        second, outputs = passed(placed)
+    return min(first, second), outputs
 
 
 @torch.enable_grad()
