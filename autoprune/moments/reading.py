@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -94,17 +93,20 @@ class Use:
         """Return `(groups, rows, d)` of what the layer reads there."""
         if not self.kernel:
             return self.inputs[picks.sample].unsqueeze(0)
-        padded = F.pad(self.inputs, [p for size in reversed(self.padding) for p in (size, size)])
         ndim = len(self.kernel)
         index = [picks.sample.reshape(-1, *[1] * ndim)]
-        for dim, (place, kernel, stride, dilation) in enumerate(
-            zip(picks.places, self.kernel, self.stride, self.dilation, strict=True)
+        outside = torch.zeros((), dtype=torch.bool, device=self.inputs.device)
+        for dim, (place, size, kernel, stride, padding, dilation) in enumerate(
+            zip(picks.places, self.inputs.shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
         ):
-            along = torch.arange(kernel, device=place.device) * dilation
+            along = torch.arange(kernel, device=place.device) * dilation - padding
             shape = [1] * (ndim + 1)
             shape[dim + 1] = kernel
-            index.append(place.reshape(-1, *[1] * ndim) * stride + along.reshape(shape))
-        patches = padded.movedim(1, -1)[tuple(index)].movedim(-1, 1)  # (rows, channels, *kernel)
+            position = place.reshape(-1, *[1] * ndim) * stride + along.reshape(shape)
+            outside = outside | (position < 0) | (position >= size)
+            index.append(position.clamp(0, size - 1))
+        patches = self.inputs.movedim(1, -1)[tuple(index)]  # without padding all of what is read for a few rows of it
+        patches = patches.masked_fill_(outside.unsqueeze(-1), 0).movedim(-1, 1)  # (rows, channels, *kernel)
         return patches.reshape(len(patches), self.groups, -1).transpose(0, 1)
 
     def outputs(self, result: torch.Tensor, picks: Picks) -> torch.Tensor:
