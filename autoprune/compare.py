@@ -7,6 +7,7 @@ several run together, once the first has left what all share, each in a process 
 """
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -23,7 +24,7 @@ import torch
 from autoprune import registry
 from autoprune.cost import Cost
 from autoprune.devices import nearest
-from autoprune.errors import ConfigError, RunError, TaskError, TestSetError
+from autoprune.errors import ConfigError, RunError, TaskError
 from autoprune.evaluation import Candidate, Executor, InProcess, Ledger, Once, Outcome
 from autoprune.export import load
 from autoprune.finaliser import FULL_LR, read_test
@@ -46,7 +47,7 @@ _UNEQUAL = {
     "max_drop": "agents are compared by their accuracy within a budget",
     "time_limit": "agents are compared at equal evaluations, whatever time they take",
 }
-_SHARED = ("sensitivity", "precision", "latency", "moments", "baseline")
+_SHARED = ("sensitivity", "precision", "latency", "moments", "shared", "shared_moments", "baseline")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,8 +106,9 @@ def compare(
             what the searches are, and stays as it was when the comparison began.
         parallel: Searches, and later picks that are fine-tuned, that run together, each in a process of its own with an
             equal share of the threads and all of the data in memory. What they find is what they find one after
-            another, but for what rounding with fewer threads changes; a policy that two of them propose while both run
-            is evaluated twice, and counted as it always is. Not together with an `executor`.
+            another, but for what rounding with fewer threads changes, and for seconds, which are of a busy machine. A
+            policy that two of them propose while both run is evaluated twice, and counted as it always is. Each has a
+            copy of its agent as it was handed in. Not together with an `executor`.
         settings: The fields of `SearchSettings`: `budget`, `candidates`, `seed`, ...; the agents' picks are the most
             accurate of their proposals within the budget, so there must be one.
 
@@ -150,6 +152,8 @@ def compare(
     plan = _Plan(task, folder.path, contestants, seeds, settings, source, reuse, at_once)
     told = _Told(watcher, len(plan.runs), 1 + options.control_size + options.candidates)
     begun = any(run.finished for run in plan.runs)
+    left = [number for number, run in enumerate(plan.runs) if not run.finished][0 if begun else 1 :]
+    work = _packed(_search_apart, plan) if parallel > 1 and left else None  # before an agent has learnt anything
     in_turn = plan.runs if parallel == 1 else plan.runs[: 0 if begun else 1]  # the first leaves what all share
     once = Once(runs, _known(folder), at_once)
     try:
@@ -158,8 +162,8 @@ def compare(
             if not run.finished:
                 _search(plan, run, once, told)
             _share(run.folder, folder)
-        if parallel > 1:
-            _search_together(plan, parallel, told)
+        if work is not None:
+            _search_together(plan, work, left, parallel, told)
     finally:
         once.stop()
         told.over()
@@ -262,6 +266,12 @@ class _Plan:
         sent.task = self.task.on("cpu")
         return sent
 
+    def without_agents(self) -> "_Plan":
+        """Return a plan of which nothing is searched any more: what agents have learnt is not to be sent."""
+        done = copy.copy(self)
+        done.runs = [dataclasses.replace(run, proposer=run.agent) for run in self.runs]
+        return done
+
     def task_here(self) -> Task:
         """Return the task, in a process that the plan was sent to, on its device or the nearest that there is."""
         return self.task.on(nearest(self.device))
@@ -337,16 +347,13 @@ def _search(plan: _Plan, run: _Run, executor: Executor, progress: Progress, task
     )
 
 
-def _search_together(plan: _Plan, parallel: int, told: "_Told") -> None:
+def _search_together(plan: _Plan, work: bytes, left: Sequence[int], parallel: int, told: "_Told") -> None:
     """Do the searches that are left, several at a time."""
-    from autoprune.processes import apart  # loads cloudpickle
-
     for run in plan.runs:
         if run.finished:
             _share(run.folder, RunFolder(plan.out))
-    left = [number for number, run in enumerate(plan.runs) if not run.finished]
-    told.together(parallel, [run.folder for run in plan.runs])
-    apart(_search_apart, plan.to_send(), left, processes=parallel, threads=_threads(parallel), tick=told.look)
+    told.together(min(parallel, len(left)), [run.folder for run in plan.runs])
+    _apart(work, left, parallel, told.look)
 
 
 def _search_apart(plan: _Plan, number: int) -> None:
@@ -355,8 +362,18 @@ def _search_apart(plan: _Plan, number: int) -> None:
     _search(plan, plan.runs[number], once, Silent(), plan.task_here())
 
 
-def _threads(parallel: int) -> int:
-    return max(1, torch.get_num_threads() // parallel)
+def _packed(work: Callable[[_Plan, int], None], plan: _Plan) -> bytes:
+    from autoprune.processes import packed  # loads cloudpickle
+
+    return packed(work, plan.to_send())
+
+
+def _apart(work: bytes, numbers: Sequence[int], parallel: int, tick: Callable[[], None]) -> None:
+    """Run what `_packed` made, as many together as may be, each with its share of the threads."""
+    from autoprune.processes import apart
+
+    processes = min(parallel, len(numbers))
+    apart(work, numbers, processes=processes, threads=max(1, torch.get_num_threads() // processes), tick=tick)
 
 
 # -- what is shared -------------------------------------------------------------------------------------------------
@@ -460,26 +477,24 @@ def _finalize(plan: _Plan, epochs: int, lr: float, progress: Progress, parallel:
                     f"{epochs} at {lr:g}; compare in another folder"
                 )
     untested = [run for run in runs if not run.folder.final.exists() or "test" not in run.folder.read(run.folder.final)]
-    if untested and task.n_test and task.test_read:
-        raise TestSetError("the test set has been read already; compare before, or instead of, testing by hand")
+    if untested:
+        task.require_test()
     if all(run.folder.final.exists() for run in runs):
         progress = Silent()
     progress.begin(f"fine-tuning picks for {epochs} epochs", len(runs))
-    tuned = {c.id: run for run, c in zip(runs, chosen, strict=True) if run.folder.final.exists()}
+    tuned = {c.id: r for r, c in zip(runs, chosen, strict=True) if r.folder.final.exists() and r.folder.pruned.exists()}
     first: dict[str, int] = {}  # whose pick it is
     for number, candidate in enumerate(chosen):
-        if candidate.id not in tuned:
+        if candidate.id not in tuned and not runs[number].folder.final.exists():
             first.setdefault(candidate.id, number)
     if parallel > 1 and len(first) > 1:
-        from autoprune.processes import apart  # loads cloudpickle
 
         def look() -> None:
             done = sum(run.folder.final.exists() for run in runs)
             progress.step(done, f"{parallel} picks together")
 
-        work = partial(_finalize_apart, epochs=epochs, lr=lr)
-        numbers = list(first.values())
-        apart(work, plan.to_send(), numbers, processes=parallel, threads=_threads(parallel), tick=look)
+        work = _packed(partial(_finalize_apart, epochs=epochs, lr=lr), plan.without_agents())
+        _apart(work, list(first.values()), parallel, look)
         tuned |= {identity: runs[number] for identity, number in first.items()}
     blind = task.without_test()
     for number, (run, candidate) in enumerate(zip(runs, chosen, strict=True), 1):

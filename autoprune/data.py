@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol, Self, cast, final, runtime_checkable
@@ -97,7 +97,10 @@ def _draw_seed(generator: torch.Generator) -> int:
 
 
 def callable_name(function: object) -> str:
-    """Return a name that is the same in every process: a function's own, or a record's `repr`."""
+    """Return a name that is the same in every process: a function's own, a partial's parts, or a record's `repr`."""
+    if isinstance(function, partial):
+        given = [*map(repr, function.args), *(f"{key}={value!r}" for key, value in sorted(function.keywords.items()))]
+        return f"{callable_name(function.func)}({', '.join(given)})"
     name = getattr(function, "__qualname__", None)
     if name is not None:
         return str(name)

@@ -14,7 +14,7 @@
     │   └── TestSetError                   the test set was asked for by other than the finaliser, or twice
     ├── StructureError (RuntimeError)      the network's dependencies could not be found
     ├── DivergedError (FloatingPointError) a loss is not finite
-    ├── ExecutorError (RuntimeError)       no worker can be had
+    ├── ExecutorError (RuntimeError)       no worker can be had, or a process died
     ├── RunError (RuntimeError)            a run's folder can't be written, or holds something else
     └── SearchOver                         not an error: tells an agent that its evaluations are spent
 
@@ -109,7 +109,7 @@ class DivergedError(AutopruneError, FloatingPointError):
 
 
 class ExecutorError(AutopruneError, RuntimeError):
-    """No worker can be had to run evaluations."""
+    """No worker can be had to run evaluations, a process that ran a search died, or a task can't be sent to either."""
 
 
 class RunError(AutopruneError, RuntimeError):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprune.cost import Budget, Cost, Limit
-from autoprune.errors import ConfigError, RunError, TaskError, TestSetError
+from autoprune.errors import ConfigError, RunError, TaskError
 from autoprune.evaluation import AGREEMENT, Candidate, Evaluator, Measurement
 from autoprune.finaliser import FULL_LR, PrunedNetwork
 from autoprune.pareto import front, hypervolume, pick
@@ -156,7 +156,7 @@ class SearchResult:
 
         Raises:
             RunError: The search was finalised before: the test set is read once.
-            TestSetError: The task's test set was read before, by hand.
+            TestSetError: The task's test set was read before, by hand, or is not in this process.
         """
         if self._folder.final.exists():
             raise RunError(
@@ -164,8 +164,7 @@ class SearchResult:
                 f"its numbers are in {self._folder.final}"
             )
         task = self._prepared.task
-        if task.test_read:
-            raise TestSetError("the test set has been read already; finalize before, or instead of, testing by hand")
+        task.require_test()
         picked = self.summary["picked"]
         evaluator = self._evaluators[picked["level"]]
         chosen = evaluator.ledger.get(picked["id"])

@@ -222,6 +222,15 @@ class Task:
         """Whether the test split was opened already."""
         return self._sealed_test.read
 
+    def require_test(self) -> None:
+        """Refuse what will read the test split, if there is one, before the work that comes first.
+
+        Raises:
+            TestSetError: It was read already, or the task was sent to this process without it.
+        """
+        if self.n_test:
+            self._sealed_test.require()
+
     def steps_per_epoch(self, batch_size: int) -> int:
         """Return how many training batches make a pass: of this size, or of a DataLoader's own."""
         loader = self._train.loader if isinstance(self._train, data.LoaderSplit) else None
@@ -364,13 +373,22 @@ class _Sealed:
             )
         if self.size == 0:
             raise TestSetError("the task has no test set; give one: Task(..., test=...)")
+        split = self.require()
+        self._split = None
+        self.read = True
+        return split
+
+    def require(self) -> Split:
+        """Return the split, which stays sealed.
+
+        Raises:
+            TestSetError: It is not there.
+        """
         if self._sent:
             raise TestSetError("this task was sent here without its test set, which is read where it was made")
         if self._split is None:
             raise TestSetError("the test set has been read already; a second reading would make it a validation set")
-        split, self._split = self._split, None
-        self.read = True
-        return split
+        return self._split
 
 
 def _check_apart(splits: dict[str, Split]) -> None:

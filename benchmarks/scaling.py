@@ -8,7 +8,8 @@
 of the search space, to price it, to slice it; and memory at its peak.
 
 `candidates`: candidates of a formula instead of a network, in a ledger on disk. Milliseconds a candidate in the first
-and in the last tenth of a search: of the evaluator and its ledger alone (random policies), and with Optuna's samplers.
+and in the last tenth of a search: of the evaluator and its ledger alone (random policies), and with Optuna's samplers;
+and by how much the process's memory grew.
 
 `workers`: evaluations that sleep, for random times around a mean, on threads. How busy the workers are: the sum of all
 evaluations' times over what the workers had, for an agent that draws and for one that learns.
@@ -103,8 +104,10 @@ class Formula:
 def candidates(options: argparse.Namespace) -> None:
     """Print what a candidate takes, early and late in searches that grow longer."""
     feasible = chain([16] * 9)
-    print("| agent | candidates | ms a candidate, first tenth | last tenth | whole | reading the ledger |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| agent | candidates | ms a candidate, first tenth | last tenth | whole | reading the ledger | more memory |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for agent, most in (
         (RandomAgent(), options.most),
         (TPEAgent(), options.most_tpe),
@@ -114,20 +117,22 @@ def candidates(options: argparse.Namespace) -> None:
         while number <= most:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "ledger.jsonl"
-                stamps = search(feasible, Formula(feasible), agent, number, file)
+                stamps, grown = search(feasible, Formula(feasible), agent, number, file)
                 reading, _ = timed(lambda file=file: Ledger(file))
             tenth = number // 10
             times = [stamps[tenth] - stamps[0], stamps[-1] - stamps[-1 - tenth]]
             each = " | ".join(f"{1000 * seconds / tenth:.2f}" for seconds in times)
             whole = stamps[-1] - stamps[0]
-            print(f"| {type(agent).__name__} | {number:,} | {each} | {whole:.1f} s | {readable(reading)} |", flush=True)
+            told = [type(agent).__name__, f"{number:,}", each, f"{whole:.1f} s", readable(reading), f"{grown:.0f} MB"]
+            print(f"| {' | '.join(told)} |", flush=True)
             number *= 10
 
 
 def search(
     feasible: FeasibleSet, pipeline: Formula, agent: Any, number: int, file: Path | None, executor: Any = None
-) -> list[float]:
-    """Run an agent, and return when each candidate was done."""
+) -> tuple[list[float], float]:
+    """Run an agent, and return when each candidate was done, and by how many MB memory had grown in the end."""
+    before = resident()
     evaluator = Evaluator(pipeline, feasible.costs, Ledger(file), executor)  # type: ignore[arg-type]  # as good as one
     stamps = [time.perf_counter()]
     evaluator.watch = lambda _: stamps.append(time.perf_counter())
@@ -143,8 +148,9 @@ def search(
     )
     run_agent(agent, env, seed=0)
     arm.drain()
+    grown = resident() - before
     evaluator.close()
-    return stamps
+    return stamps, grown
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
@@ -214,6 +220,11 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
+
+
+def resident() -> float:
+    """Return the process's memory now, in MB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def readable(seconds: float) -> str:

@@ -176,6 +176,7 @@ def test_agents_are_compared(
         (["--agents", "tpee"], "Did you mean 'tpe'"),
         (["--seeds", "0"], "`seeds >= 1`"),
         (["--finalize", "0"], "finalize"),
+        (["--parallel", "2", "--workers", "2"], "either searches run together, or candidates"),
     ],
 )
 def test_a_comparison_that_makes_no_sense_is_one_line(

@@ -1,5 +1,6 @@
 """Splits are read the same way whatever lies under them, never share samples, and touch no global generator."""
 
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -27,6 +29,7 @@ from torch.utils.data import (
 
 from autoprune import data
 from autoprune.errors import SplitError, UnknownNameError
+from autoprune.progress import Silent
 
 pytestmark = pytest.mark.usefixtures("global_rng_untouched")
 
@@ -361,3 +364,11 @@ def test_named_data_that_is_not_there_gets_the_way_out(tmp_path: Path) -> None:
             data.load(name, tmp_path)
     with pytest.raises(UnknownNameError, match="Did you mean 'fashion-mnist'"):
         data.load("fashionmnist")
+
+
+def test_names_are_the_same_in_every_process() -> None:
+    named = data.callable_name(functools.partial(cross_entropy, reduction="none", label_smoothing=0.1))
+    assert named == "cross_entropy(label_smoothing=0.1, reduction='none')"  # without an address
+    assert data.callable_name(functools.partial(functools.partial(max, 1), 2)) == "max(1, 2)"
+    assert data.callable_name(cross_entropy) == "cross_entropy"
+    assert data.callable_name(Silent()) == "Silent"

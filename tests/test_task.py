@@ -166,9 +166,15 @@ def test_a_task_that_is_sent_leaves_its_test_set_behind_and_a_copy_shares_it(net
     assert sent.n_test == 7
     with pytest.raises(TestSetError, match="sent here without its test set"):
         sent.open_test("finaliser")
+    with pytest.raises(TestSetError, match="sent here without its test set"):
+        sent.require_test()
+    task.require_test()
+    task.without_test().require_test()  # where there is none, none will be read
     copied = copy.deepcopy(task)
     copied.open_test("finaliser")
     assert task.test_read
+    with pytest.raises(TestSetError, match="read already"):
+        task.require_test()
 
 
 # ------------------------------------------------------------------------------------------------------------ batches

@@ -18,7 +18,8 @@ class Ledger:
     """What was evaluated, by policy id.
 
     A line is written, flushed and synced before `append` returns. A process killed while writing leaves half a line,
-    which the next start cuts off: its candidate was not used yet.
+    whose candidate was not used yet. Whoever only reads leaves it out, as a process that runs may be writing it; who
+    goes on writing cuts it off.
 
     Args:
         path: The file; None keeps the ledger in memory.
@@ -31,6 +32,7 @@ class Ledger:
         self._path = path
         self._candidates: dict[str, Candidate] = {}
         self._numbers: set[int] = set()
+        self._whole: int | None = None  # bytes of whole lines, if there is half a line behind them
         if path is not None and path.exists():
             self._read(path)
 
@@ -53,6 +55,9 @@ class Ledger:
         if candidate.id in self._candidates:
             raise ValueError(f"policy {candidate.id} is in the ledger already")
         if self._path is not None:
+            if self._whole is not None:
+                os.truncate(self._path, self._whole)
+                self._whole = None
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(candidate.to_dict()) + "\n")
                 file.flush()
@@ -67,8 +72,7 @@ class Ledger:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
+            self._whole = len(whole)
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 candidate = Candidate.from_dict(json.loads(line))

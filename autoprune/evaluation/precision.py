@@ -196,17 +196,20 @@ def choose(
     layouts = (False, True) if spatial else (False,)
     tried = [*(Precision("float32", layout) for layout in layouts), Precision("bfloat16", spatial)]
     trials: list[Trial] = []
+    hopeless: list[Precision] = []
+    quickest = math.inf  # a sample, of a part of them: only like is compared with like, as a call has a cost of its own
     expected: tuple[torch.Tensor, ...] = ()
     with torch.no_grad(), evaluating(model):
         for precision in tried:
             try:
-                limit = _HOPELESS * min((t.seconds for t in trials if t.failure is None), default=math.inf) / 1000
-                each, outputs = _timed(model, precision, inputs, clock, limit)
+                part, each, outputs = _timed(model, precision, inputs, clock, _HOPELESS * quickest)
             except Exception as error:  # as much as networks can object to
                 if not expected:
                     raise
                 trials.append(Trial(precision, 0.0, 1.0, failure=f"fails: {' '.join(str(error).split())[:100]}"))
                 continue
+            quickest = min(quickest, part)
+            hopeless += [precision] if len(outputs) < len(inputs) else []
             found = _decided(outputs, targets[: len(outputs)], metric)
             expected = expected or found
             pairs = zip((whole[: len(outputs)] for whole in expected), found, strict=True)
@@ -215,7 +218,6 @@ def choose(
     allowed = max(AGREEMENT, 1.001 / len(inputs))
     agree = [t for t in trials if t.failure is None and (t.differs <= allowed or t.precision.dtype == "float32")]
     best = _fastest({trial.precision: trial.seconds for trial in agree})
-    fastest = min(trial.seconds for trial in agree)
     few, few_targets = inputs[:trained], targets[:trained]
     with seeded_torch(0, inputs.device):  # dropout draws
         training = {
@@ -223,7 +225,7 @@ def choose(
             for trial in trials
             if trial.failure is None
             and trial.precision.channels_last == best.channels_last
-            and (trial.precision.dtype == "float32" or trial.seconds <= _HOPELESS * fastest)
+            and trial.precision not in hopeless
         }
     told = [replace(trial, training=round(training.get(trial.precision, 0.0), 4)) for trial in trials]
     finite = {precision: seconds for precision, seconds in training.items() if math.isfinite(seconds)}
@@ -232,8 +234,11 @@ def choose(
 
 def _timed(
     model: nn.Module, precision: Precision, inputs: torch.Tensor, clock: Callable[[], float], limit: float
-) -> tuple[float, torch.Tensor]:
-    """Return the shorter of two passes' seconds a sample, and the outputs; of a part alone, if that is over a limit."""
+) -> tuple[float, float, torch.Tensor]:
+    """Return the seconds a sample of a part of them, those of the shorter of two passes over all, and the outputs.
+
+    Where the part takes longer than a limit, it stands for all, and the outputs are its own.
+    """
     placed = _laid_out(model, precision, inputs)
     if precision.dtype != "float32":
         model = Folding(model, placed[:2])(model)
@@ -245,14 +250,15 @@ def _timed(
         return (clock() - started) / len(samples), outputs.float()
 
     with precision.running(inputs.device):
-        model(placed[:8])
+        few = placed[: -(-len(placed) // 8)]
+        model(few)
         synchronise(inputs.device)
-        part, outputs = passed(placed[: -(-len(placed) // 8)])
+        part, outputs = passed(few)
         if part > limit:
-            return part, outputs
+            return part, part, outputs
         first, _ = passed(placed)
         second, outputs = passed(placed)
-    return min(first, second), outputs
+    return part, min(first, second), outputs
 
 
 @torch.enable_grad()

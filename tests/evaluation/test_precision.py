@@ -114,6 +114,14 @@ class TestChoice:
             (HALF, 155.0, 0.0),  # of the part, which took more than three times as long; neither whole nor trained
         ]
 
+    def test_what_every_call_costs_makes_nothing_hopeless(self):
+        def passes(each: float) -> list[float]:
+            return [2.0 + each * 3, 2.0 + each * 20, 2.0 + each * 20]  # a part, and all, of 20 images
+
+        found = choice(clock(*passes(0.2), *passes(0.1), *passes(0.02), *[1.0] * 6))
+        assert found.precision == HALF
+        assert found.trials[-1].seconds == pytest.approx(1000 * 2.4 / 20)
+
     def test_what_is_slow_but_not_hopeless_is_tried_in_training(self):
         found = choice(timed(4.0, 1.0, 2.9, 6.0, 3.0))
         assert (found.precision, found.training) == (LAST, HALF)
