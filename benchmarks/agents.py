@@ -184,7 +184,8 @@ def table(name: str, document: Mapping[str, Any], options: argparse.Namespace) -
         if found:
             picks, values, asked = found
             what = {"few": DEFAULT, "many": "amc, as published"}[label]
-            cells = [f"{what}, {asked}", spread(t_interval(picks)._asdict()), "", "", str(asked)]
+            seeds = "" if len(values) == document["seeds"] else f", {len(values)} of the seeds"
+            cells = [f"{what}, {asked}{seeds}", spread(t_interval(picks)._asdict()), "", "", str(asked)]
             cells += [spread(t_interval(values)._asdict()), more(values, tests.get("random"))]
             cells.append(more(values, tests.get("uniform")))
             yield f"| {' | '.join(cells)} |"
@@ -202,11 +203,12 @@ def others(folder: Path) -> tuple[list[float], list[float], int] | None:
 
 
 def more(own: list[float] | None, other: list[float] | None) -> str:
-    """Return a mean difference in points with its standard error."""
-    if own is None or other is None or len(own) != len(other) or len(own) < 2 or own is other:
+    """Return a mean difference in points with its standard error, in pairs of the seeds that both have."""
+    pairs = [] if own is None or other is None or own is other else list(zip(own, other, strict=False))
+    if len(pairs) < 2:
         return ""
-    differences = torch.tensor(own, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
-    error = float(differences.std() / len(own) ** 0.5)
+    differences = torch.tensor([a - b for a, b in pairs], dtype=torch.float64)
+    error = float(differences.std() / len(pairs) ** 0.5)
     return f"{100 * float(differences.mean()):+.2f} ± {100 * error:.2f}"
 
 
