@@ -2,6 +2,7 @@
 
     python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents
     python benchmarks/agents.py --out runs/agents --show
+    python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents --tasks resnet20-50 --before 3000
 
 Four tasks: ResNet-20 on CIFAR-10 at 50 % and at 35 % of its multiply-adds, plain-20 on Fashion-MNIST, and ResNet-8 on
 the digits of scikit-learn. `--weights-dir` holds `resnet20-12fca82f.th` (akamaster/pytorch_resnet_cifar10; it has seen
@@ -19,6 +20,8 @@ For each task:
 
 To bring this to hours, candidates are measured on `--val-images` validation images, and training images are the first
 `--train-images` of a shuffle; test images are all there are. Called again, it goes on where it stopped.
+
+`--before` prints what the picks of a comparison that is done reach on the first test images, before any fine-tuning.
 """
 
 import argparse
@@ -35,7 +38,10 @@ import autoprune as ap
 from autoprune import data, models
 from autoprune.agents.amc import AMCAgent
 from autoprune.cli import watching
-from autoprune.evaluation import InProcess, Ledger, Once, Outcome
+from autoprune.evaluation import InProcess, Ledger, Once, Outcome, measure
+from autoprune.preparation import Prepared, prepare
+from autoprune.run import RunFolder
+from autoprune.settings import SearchSettings
 from autoprune.standings import t_interval
 from autoprune.tracking import NullTracker
 
@@ -148,6 +154,28 @@ def searched(name: str, options: argparse.Namespace, agent: Any, label: str, can
         once.stop()
 
 
+def before(name: str, options: argparse.Namespace) -> Iterator[str]:
+    """Yield, for every pick, its accuracy on the first test images before a gradient step, and on all after them."""
+    task = made(SETTINGS[name], options)
+    test = data.load(SETTINGS[name].data, options.data_root).test
+    inputs, targets = (
+        torch.cat(part) for part in zip(*data.subset(test, torch.arange(options.before)).batches(500), strict=True)
+    )
+    yield f"| {name}: agent | seed | validation | {options.before} test images, before | all test images, fine-tuned |"
+    yield "|---|---|---|---|---|"
+    searches = [RunFolder(file.parent) for file in sorted((options.out / name).glob("*/*/final.json"))]
+    prepared: Prepared | None = None  # of one search, as they differ in their agents alone
+    for run in searches:
+        if prepared is None:
+            prepared = prepare(task, SearchSettings.of(run.read(run.config)["search"]), run)
+        picked = next(one for one in Ledger(run.ledger) if one.id == run.read(run.result)["picked"]["id"])
+        network = prepared.bench.recovered(picked.removed)
+        found = measure(network, zip(inputs.split(100), targets.split(100), strict=True), task.metric, task.loss)
+        after = run.read(run.final)["test"]["accuracy"]
+        cells = (picked.accuracy, float(found.scores.mean()), after)
+        yield f"| {run.path.parent.name} | {run.path.name} | {' | '.join(f'{cell:.2%}' for cell in cells)} |"
+
+
 def page(options: argparse.Namespace) -> Iterator[str]:
     """Yield what is there, as lines of Markdown."""
     for name in options.tasks:
@@ -223,6 +251,10 @@ def main() -> None:
     """Compare, and print."""
     options = _options()
     if not options.show:
+        if options.before:
+            for name in options.tasks:
+                print("\n".join(before(name, options)))
+            return
         if options.data_root is None or options.weights_dir is None:
             raise SystemExit("give --data-root and --weights-dir, or --show")
         for name in options.tasks:
@@ -252,6 +284,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--val-images", type=int, default=2000)
     parser.add_argument("--train-images", type=int, default=12_800)
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of fine-tuning the picks")
+    parser.add_argument("--before", type=int, metavar="IMAGES", help="only print what picks reach before fine-tuning")
     parser.add_argument("--show", action="store_true", help="only print what is there")
     return parser.parse_args()
 
