@@ -273,7 +273,7 @@ class _Plan:
         return done
 
     def task_here(self) -> Task:
-        """Return the task, in a process that the plan was sent to, on its device or the nearest that there is."""
+        """Return the task on its device, or on the nearest that there is where the plan was sent to."""
         return self.task.on(nearest(self.device))
 
 
@@ -330,11 +330,11 @@ def _folder_name(name: str) -> str:
 # -- searches -------------------------------------------------------------------------------------------------------
 
 
-def _search(plan: _Plan, run: _Run, executor: Executor, progress: Progress, task: Task | None = None) -> None:
+def _search(plan: _Plan, run: _Run, executor: Executor, progress: Progress) -> None:
     """Search with one agent and seed, or go on with it."""
     _share(RunFolder(plan.out), run.folder)
     search(
-        plan.task if task is None else task,
+        plan.task_here(),
         out=run.folder.path,
         agent=run.proposer,
         tracker=NullTracker(),
@@ -359,7 +359,7 @@ def _search_together(plan: _Plan, work: bytes, left: Sequence[int], parallel: in
 def _search_apart(plan: _Plan, number: int) -> None:
     """Do one of the searches, in a process of its own."""
     once = Once(InProcess(), _known(RunFolder(plan.out)), plan.at_once)
-    _search(plan, plan.runs[number], once, Silent(), plan.task_here())
+    _search(plan, plan.runs[number], once, Silent())
 
 
 def _packed(work: Callable[[_Plan, int], None], plan: _Plan) -> bytes:
@@ -407,6 +407,7 @@ class _Told:
         self._stage: str | None = None
         self._begun = False
         self._folders: Sequence[RunFolder] = ()
+        self._read: dict[Path, tuple[int, int]] = {}  # bytes and lines of each ledger so far
 
     def turn(self, number: int, label: str) -> None:
         """Go on with another search."""
@@ -426,8 +427,16 @@ class _Told:
             if folder.result.exists():
                 done += self._steps
             elif folder.ledger.exists():
-                done += min(folder.ledger.read_bytes().count(b"\n"), self._steps)
+                done += min(self._lines(folder.ledger), self._steps)
         self._progress.step(done, self._label)
+
+    def _lines(self, ledger: Path) -> int:
+        size, lines = self._read.get(ledger, (0, 0))
+        with ledger.open("rb") as file:
+            file.seek(size)
+            more = file.read()
+        self._read[ledger] = size + len(more), lines + more.count(b"\n")
+        return self._read[ledger][1]
 
     def over(self) -> None:
         """End."""

@@ -251,12 +251,12 @@ def main() -> None:
     """Compare, and print."""
     options = _options()
     if not options.show:
+        if options.data_root is None or options.weights_dir is None:
+            raise SystemExit("give --data-root and --weights-dir, or --show")
         if options.before:
             for name in options.tasks:
                 print("\n".join(before(name, options)))
             return
-        if options.data_root is None or options.weights_dir is None:
-            raise SystemExit("give --data-root and --weights-dir, or --show")
         for name in options.tasks:
             compared(name, options)
             if "few" in options.parts:

@@ -331,7 +331,7 @@ def test_searches_and_fine_tuning_together_find_what_they_find_in_turn(tmp_path:
         assert folder.read(folder.config)["task"]["test"] == 60  # known there, but its samples are not
 
 
-def test_what_a_search_raises_in_its_process_is_raised_here(tmp_path: Path) -> None:
+def test_what_a_search_raises_in_its_process_is_raised_here_and_others_go_on(tmp_path: Path) -> None:
     class Broken:
         objectives: ClassVar[Objectives] = "one"
 
