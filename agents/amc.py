@@ -39,9 +39,8 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecEnv
 
 from autoprune.agents.base import Objectives, in_turn
-from autoprune.environment import ORDERS, PruningEnv
+from autoprune.environment import ORDERS, Proposed, PruningEnv
 from autoprune.errors import ConfigError
-from autoprune.evaluation import Result
 from autoprune.policy import Policy
 
 __all__ = ["AMCAgent", "PPOAgent", "SACAgent", "TD3Agent", "truncated_normal"]
@@ -159,7 +158,7 @@ class AMCAgent:
         def options(episode: int) -> dict[str, Any]:
             return {"order": self.order, "share": self.shares[episode % len(self.shares)]}
 
-        def follow(numbered: tuple[int, Policy]) -> tuple[Walked, Result]:
+        def follow(numbered: tuple[int, Policy]) -> tuple[Walked, Proposed]:
             number, plan = numbered
             share = {"share": 1.0} if number < suggested else {}
             return _walk(env, lambda _: env.action_for(plan), options(number) | share)
@@ -180,7 +179,7 @@ class AMCAgent:
                 preferred = self._preferred(learner, observation)
             return truncated_normal(preferred, max(sigma, half_an_element) * repeated, rng)
 
-        def explored() -> Iterator[tuple[Walked, Result]]:
+        def explored() -> Iterator[tuple[Walked, Proposed]]:
             nonlocal sigma
             episode = len(plans)
             while True:
@@ -340,11 +339,11 @@ class PPOAgent:
             learner.learn(_FOREVER)
 
 
-def _walk(env: PruningEnv, act: Callable[[Array], Array], options: Mapping[str, Any]) -> tuple[Walked, Result]:
+def _walk(env: PruningEnv, act: Callable[[Array], Array], options: Mapping[str, Any]) -> tuple[Walked, Proposed]:
     """Decide all groups, and return what was seen and done, and what waits for the candidate."""
     walked: Walked = []
     observation, _ = env.reset(options=dict(options))
-    result: Result | None = None
+    result: Proposed | None = None
     while result is None:
         action = act(observation)
         after, result, _ = env.decide(action)
@@ -476,7 +475,7 @@ class _Lanes(VecEnv):
 
     def step_wait(self) -> tuple[Array, Array, npt.NDArray[np.bool_], list[dict[str, Any]]]:
         """Decide a group in each; at the last, wait for all candidates."""
-        seen, results, infos = [], list[Result | None](), list[dict[str, Any]]()
+        seen, results, infos = [], list[Proposed | None](), list[dict[str, Any]]()
         with self._generators.lent():  # back to the owner
             for lane, action in zip(self._lanes, self._actions, strict=True):
                 observation, result, _ = lane.decide(action)

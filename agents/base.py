@@ -29,7 +29,6 @@ several workers busy, an agent proposes with `env.submit` or `env.decide` and ta
 `autoprune.agents`.
 '''
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Literal, Protocol, TypeVar
 
@@ -37,9 +36,9 @@ import numpy as np
 import numpy.typing as npt
 
 from autoprune.cost import FeasibleSet
-from autoprune.environment import PruningEnv
+from autoprune.environment import Proposed, PruningEnv
 from autoprune.errors import ConfigError
-from autoprune.evaluation import Candidate, Result
+from autoprune.evaluation import Candidate
 from autoprune.scoring import ascending
 from autoprune.sensitivity import SensitivityReport
 
@@ -78,24 +77,37 @@ class Agent(Protocol):
         ...
 
 
-def in_turn(env: PruningEnv, begun: Iterable[tuple[T, Result]]) -> Iterator[tuple[T, Candidate]]:
-    """Yield candidates in the order in which they were begun, with `env.at_once` of them under way.
+def in_turn(env: PruningEnv, begun: Iterable[tuple[T, Proposed]]) -> Iterator[tuple[T, Candidate]]:
+    """Yield candidates in the order in which they were begun, with `env.at_once` policies under way.
 
     So what an agent knows when it proposes does not depend on which evaluation was the fastest: a search with several
-    workers can be repeated.
+    workers can be repeated. A policy that comes again keeps no worker busy, and takes no place: one whose candidate was
+    yielded is told at once, and one that is under way is told with the first; as whoever proposes it needs to learn
+    something, what was begun first is waited for then.
 
     Args:
         env: Says how many are under way.
-        begun: Begins an evaluation whenever it is asked for the next, `(what to remember, what waits for it)`.
+        begun: Begins an evaluation whenever it is asked for the next, `(what to remember, what was proposed)`.
     """
-    under_way = deque[tuple[T, Result]]()
-    for one in begun:
-        under_way.append(one)
-        if len(under_way) >= env.at_once:
-            remembered, result = under_way.popleft()
-            yield remembered, result()
-    for remembered, result in under_way:
-        yield remembered, result()
+    under_way: dict[str, list[tuple[T, Proposed]]] = {}
+    known: set[str] = set()
+
+    def first() -> Iterator[tuple[T, Candidate]]:
+        policy_id = next(iter(under_way))
+        known.add(policy_id)
+        for remembered, proposed in under_way.pop(policy_id):
+            yield remembered, proposed()
+
+    for remembered, proposed in begun:
+        if proposed.id in known:
+            yield remembered, proposed()
+            continue
+        again = proposed.id in under_way
+        under_way.setdefault(proposed.id, []).append((remembered, proposed))
+        if again or len(under_way) >= env.at_once:
+            yield from first()
+    while under_way:
+        yield from first()
 
 
 def spend_is_free(env: PruningEnv) -> bool:

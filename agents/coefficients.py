@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoprune.agents.base import in_turn, limited, spend_is_free
-from autoprune.environment import PruningEnv
-from autoprune.evaluation import Result
+from autoprune.environment import Proposed, PruningEnv
 from autoprune.policy import Policy
 from autoprune.separable import Loss, allocate
 
@@ -66,7 +65,7 @@ def search_coefficients(
         feasible = limited(env, point[1]) if free else env.feasible
         return allocate(feasible.without(unknown), _scaled(weighed, np.exp(point[0])))
 
-    def solved() -> Iterator[tuple[tuple[Sequence[Loss], float], Result]]:
+    def solved() -> Iterator[tuple[tuple[Sequence[Loss], float], Proposed]]:
         for share in _SHARES if free else (1.0,):
             for weighed in alternatives if share == 1.0 else alternatives[:1]:
                 policy = solve(weighed, (np.zeros(groups), share))
@@ -78,7 +77,7 @@ def search_coefficients(
         if value > highest:
             losses, best, highest = weighed, (best[0], share), value
 
-    def changed() -> Iterator[tuple[_Point, Result]]:
+    def changed() -> Iterator[tuple[_Point, Proposed]]:
         wider = 1.0
         while wider < _WIDEST:
             shrunk = step * wider * 0.1 ** min(1.0, len(seen) / max(1, env.evaluations))

@@ -1,21 +1,19 @@
 """Evolution by level switches: what a group loses more, others get back, so that the cost stays what it is."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import ClassVar, final
 
 import numpy as np
 
 from autoprune.agents.base import Objectives, in_turn, limited, spend_is_free
 from autoprune.cost import FeasibleSet, Removed
-from autoprune.environment import PruningEnv
+from autoprune.environment import Proposed, PruningEnv
 from autoprune.errors import ConfigError
-from autoprune.evaluation import Result
 from autoprune.policy import Policy
 
-__all__ = ["EvolutionAgent", "switched"]
+__all__ = ["EvolutionAgent", "neighbour", "switched"]
 
-_TRIES = 50  # switches in a row that lead to policies known already, before the next best is bred from
 _SPREAD = 0.1  # standard deviation of a change of the budget's share, where it is free
 
 
@@ -61,32 +59,24 @@ class EvolutionAgent:
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent, or no switch of any policy leads to a new one."""
         rng = np.random.default_rng(seed)
-        free = spend_is_free(env)
         fitness: list[tuple[float, Removed]] = []  # in the order of evaluation
         seen: set[Policy] = set()
 
-        def begun(removed: Removed) -> tuple[Removed, Result]:
+        def begun(removed: Removed) -> tuple[Removed, Proposed]:
             policy = env.feasible.policy(removed)
             seen.add(policy)
             return removed, env.submit(policy)
 
         def child(parent: Removed) -> Removed | None:
-            for _ in range(_TRIES):
-                feasible = env.feasible
-                if free:
-                    feasible = limited(env, _share(env, parent) + rng.normal(0, _SPREAD))
-                removed = switched(feasible, parent, rng, step=self.step)
-                if env.feasible.policy(removed) not in seen:
-                    return removed
-            return None
+            return neighbour(env, parent, rng, seen, step=self.step)
 
-        def started() -> Iterator[tuple[Removed, Result]]:
+        def started() -> Iterator[tuple[Removed, Proposed]]:
             starts = [env.feasible.removed(policy) for policy in env.warm_starts] if self.warm_start else []
             for removed in starts or [env.feasible.uniform()]:
                 if env.feasible.policy(removed) not in seen:
                     yield begun(removed)
 
-        def bred() -> Iterator[tuple[Removed, Result]]:
+        def bred() -> Iterator[tuple[Removed, Proposed]]:
             while True:
                 ranked = [removed for _, removed in sorted(fitness, key=lambda one: -one[0])]
                 parents = ranked[: self.survivors]
@@ -102,6 +92,37 @@ class EvolutionAgent:
             fitness.append((env.value(candidate), removed))
         for removed, candidate in in_turn(env, bred()):
             fitness.append((env.value(candidate), removed))
+
+
+def neighbour(
+    env: PruningEnv,
+    removed: Removed,
+    rng: np.random.Generator,
+    known: Container[Policy],
+    *,
+    step: float = 0.3,
+    tries: int = 50,
+) -> Removed | None:
+    """Return counts a level switch away that stand for a policy nobody tried, or None where no draw finds any.
+
+    Where the share of the budget is free, it changes too.
+
+    Args:
+        env: What is searched.
+        removed: `(groups,)`; it is left as it is.
+        rng: Randomness.
+        known: What was tried.
+        step: As of `switched`.
+        tries: How many are drawn.
+    """
+    for _ in range(tries):
+        feasible = env.feasible
+        if spend_is_free(env):
+            feasible = limited(env, _share(env, removed) + rng.normal(0, _SPREAD))
+        found = switched(feasible, removed, rng, step=step)
+        if env.feasible.policy(found) not in known:
+            return found
+    return None
 
 
 def switched(feasible: FeasibleSet, removed: Removed, rng: np.random.Generator, *, step: float = 0.3) -> Removed:

@@ -7,8 +7,7 @@ import numpy as np
 
 from autoprune.agents.base import Objectives, in_turn, spend_is_free
 from autoprune.cost import FeasibleSet, Removed
-from autoprune.environment import PruningEnv
-from autoprune.evaluation import Result
+from autoprune.environment import Proposed, PruningEnv
 from autoprune.policy import Policy
 
 __all__ = ["GreedyAgent", "lowered"]
@@ -44,10 +43,10 @@ class GreedyAgent:
         """Walk until the budget is met, or the evaluations are spent."""
         feasible, free = env.feasible, spend_is_free(env)
         end = feasible.utilisation(feasible.upper) if free else 1.0
-        submitted: dict[Policy, Result] = {}
+        submitted: dict[Policy, Proposed] = {}
         standing, highest = feasible.lower.copy(), -math.inf
 
-        def begun(given_up: Removed) -> tuple[Removed, Result]:
+        def begun(given_up: Removed) -> tuple[Removed, Proposed]:
             over = feasible.utilisation(given_up) > 1
             whole = given_up if free and not over else feasible.project(given_up / feasible.sizes)
             policy = feasible.policy(whole)

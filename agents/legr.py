@@ -12,9 +12,8 @@ from autoprune import separable
 from autoprune.agents.base import Objectives, in_turn, limited, scores_of, spend_is_free
 from autoprune.agents.global_ranking import normalised
 from autoprune.cost import FeasibleSet
-from autoprune.environment import PruningEnv
+from autoprune.environment import Proposed, PruningEnv
 from autoprune.errors import ConfigError
-from autoprune.evaluation import Result
 from autoprune.policy import Policy
 from autoprune.scoring import Scores, ascending
 
@@ -102,7 +101,7 @@ class LeGRAgent:
                 share,
             )
 
-        def begun() -> Iterator[tuple[_Individual, Result]]:
+        def begun() -> Iterator[tuple[_Individual, Proposed]]:
             tries = 0
             individual = _Individual(np.ones(groups), np.zeros(groups), 1.0)
             while tries < _TRIES:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import ClassVar, Literal, Protocol, final
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
@@ -37,9 +38,10 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from autoprune.agents.base import Objectives, in_turn
-from autoprune.environment import PruningEnv
+from autoprune.agents.evolution import neighbour
+from autoprune.environment import Proposed, PruningEnv
 from autoprune.errors import ConfigError, SearchOver
-from autoprune.evaluation import Candidate, Result
+from autoprune.evaluation import Candidate
 from autoprune.policy import Policy
 from autoprune.seeds import derive
 
@@ -59,6 +61,7 @@ __all__ = [
 _TRIES, _PAUSE = 10, 0.3  # to open a storage whose tables, or whose study, another process is just making; seconds
 _RUN, _POLICY, _WARM, _SPACE = "run", "policy", "warm start", "space"  # attributes of trials, the last of the study
 _UNIT = FloatDistribution(0.0, 1.0)
+_SWITCHES = 10  # tried from a policy that came again
 
 
 class SamplerFactory(Protocol):
@@ -189,7 +192,10 @@ class _Breeding(_Named):
 class TPEAgent(_Modelling):
     """Tree-structured Parzen estimator over all coordinates jointly; see `Agent` for the contract.
 
-    Bergstra et al. 2011, multivariate as in Falkner et al. 2018 (BOHB, https://arxiv.org/abs/1807.01774).
+    Bergstra et al. 2011, multivariate as in Falkner et al. 2018 (BOHB, https://arxiv.org/abs/1807.01774). The longer
+    it searches, the more of its points stand for policies that were tried. Such a point is told as failed, so that
+    copies of the best do not crowd the estimator, and a policy one level switch from it (see `EvolutionAgent`) is
+    tried next.
 
     Args:
         startup: Random points, warm starts among them, before the estimator takes over. None: a quarter of the
@@ -204,7 +210,7 @@ class TPEAgent(_Modelling):
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
-        _optimise(self, env, seed, _tpe(env, self.startup, self._place, multivariate=True))
+        _optimise(self, env, seed, _tpe(env, self.startup, self._place, multivariate=True), switching=True)
 
 
 @final
@@ -212,7 +218,7 @@ class TPEAgent(_Modelling):
 class UnivariateTPEAgent(_Modelling):
     """Tree-structured Parzen estimators, one for each coordinate by itself (Bergstra et al. 2011).
 
-    See `Agent` for the contract.
+    What comes again is treated as by `TPEAgent`. See `Agent` for the contract.
 
     Args:
         startup: As in `TPEAgent`.
@@ -226,7 +232,7 @@ class UnivariateTPEAgent(_Modelling):
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
-        _optimise(self, env, seed, _tpe(env, self.startup, self._place, multivariate=False))
+        _optimise(self, env, seed, _tpe(env, self.startup, self._place, multivariate=False), switching=True)
 
 
 @final
@@ -505,7 +511,15 @@ class _Agent(Protocol):
         ...
 
 
-def _optimise(agent: _Agent, env: PruningEnv, seed: int, make: _Make, around: _MakeAround | None = None) -> None:
+def _optimise(
+    agent: _Agent,
+    env: PruningEnv,
+    seed: int,
+    make: _Make,
+    around: _MakeAround | None = None,
+    *,
+    switching: bool = False,
+) -> None:
     """Ask, evaluate and tell until `SearchOver`; the warm starts are asked first.
 
     Args:
@@ -514,15 +528,17 @@ def _optimise(agent: _Agent, env: PruningEnv, seed: int, make: _Make, around: _M
         seed: The sampler's.
         make: Makes the sampler.
         around: Makes it again, to begin around the best warm start, once these are measured.
+        switching: Whether a policy near to one that comes again is tried instead.
     """
+    rng = np.random.default_rng(derive(seed, "switches")) if switching else None
     with _quiet():
         where = agent._place.storage
         if where is not None:
             with contextlib.ExitStack() as stack:
-                _share(agent, _opened(agent, where, env, stack), env, seed, make, around)
+                _share(agent, _opened(agent, where, env, stack), env, seed, make, around, rng)
             return
         study = optuna.create_study(sampler=make(seed), directions=_directions(agent))
-        trials = _Trials(env, study, agent.objectives, None if around is None else functools.partial(around, seed))
+        trials = _Trials(env, study, agent.objectives, None if around is None else functools.partial(around, seed), rng)
         if agent.warm_start:
             trials.enqueue_warm_starts()
         for trial, candidate in in_turn(env, trials.proposed()):
@@ -536,6 +552,7 @@ def _share(
     seed: int,
     make: _Make,
     around: _MakeAround | None,
+    rng: np.random.Generator | None,
 ) -> None:
     """Do the same on a study that others may work on, and that may hold trials of this very search.
 
@@ -546,12 +563,12 @@ def _share(
     own = [trial for trial in there if trial.user_attrs.get(_RUN) == env.name]
     seed = derive(seed, env.name, len(there))  # a search that goes on would draw its first points again
     study.sampler = make(seed)
-    trials = _Trials(env, study, agent.objectives, None if around is None else functools.partial(around, seed))
+    trials = _Trials(env, study, agent.objectives, None if around is None else functools.partial(around, seed), rng)
     if agent.warm_start and (new or own):  # one search brings them, or several would try the same
         trials.enqueue_warm_starts(but_known=True)
     over: list[SearchOver] = []
 
-    def begun() -> Iterator[tuple[optuna.Trial | Policy | None, Result]]:
+    def begun() -> Iterator[tuple[optuna.Trial | Policy | None, Proposed]]:
         try:
             yield from trials.taken_up(own)
             yield from trials.marked()
@@ -580,6 +597,7 @@ class _Trials:
         study: Where trials are kept.
         objectives: What is told.
         around: Makes a sampler from the best warm start, if the sampler is to learn of it so.
+        rng: Of the switches from policies that come again, or None where these are told as any other.
     """
 
     def __init__(
@@ -588,11 +606,14 @@ class _Trials:
         study: optuna.Study,
         objectives: Objectives,
         around: Callable[[FrozenTrial], BaseSampler] | None,
+        rng: np.random.Generator | None = None,
     ) -> None:
         self._env, self._study = env, study
+        self._rng = rng
+        self._repeated: set[int] = set()  # numbers of trials
         self._several = objectives == "several"
         self._around = around
-        self._warm: list[tuple[dict[str, float], Result]] = []
+        self._warm: list[tuple[dict[str, float], Proposed]] = []
         self._seen: set[Policy] = set()
 
     def enqueue_warm_starts(self, *, but_known: bool = False) -> None:
@@ -600,13 +621,13 @@ class _Trials:
         for policy in self._env.warm_starts:
             self._study.enqueue_trial(self._params(policy), user_attrs={_WARM: True}, skip_if_exists=but_known)
 
-    def proposed(self) -> Iterator[tuple[optuna.Trial, Result]]:
+    def proposed(self) -> Iterator[tuple[optuna.Trial, Proposed]]:
         """Ask for trial after trial and begin to evaluate it."""
         while True:
             trial = self._study.ask()
             yield trial, self._submit(trial)
 
-    def marked(self) -> Iterator[tuple[optuna.Trial, Result]]:
+    def marked(self) -> Iterator[tuple[optuna.Trial, Proposed]]:
         """Do so with the search's name on each trial, as long as there are evaluations for it."""
         while len(self._seen) < self._env.evaluations:
             trial = self._study.ask()
@@ -622,7 +643,7 @@ class _Trials:
                 raise
             yield trial, result
 
-    def taken_up(self, own: Sequence[FrozenTrial]) -> Iterator[tuple[optuna.Trial | Policy | None, Result]]:
+    def taken_up(self, own: Sequence[FrozenTrial]) -> Iterator[tuple[optuna.Trial | Policy | None, Proposed]]:
         """Propose again what this search proposed before its process died.
 
         Yields:
@@ -649,7 +670,7 @@ class _Trials:
 
     def tell(self, trial: optuna.Trial, candidate: Candidate) -> None:
         """Tell the study what came of a trial."""
-        if candidate.failure is None:
+        if candidate.failure is None and trial.number not in self._repeated:
             self._study.tell(trial, self._values(candidate))
         else:
             self._study.tell(trial, state=TrialState.FAIL)
@@ -676,17 +697,27 @@ class _Trials:
             )
         )
 
-    def _submit(self, trial: optuna.Trial) -> Result:
+    def _submit(self, trial: optuna.Trial) -> Proposed:
         """Begin to evaluate the point of a trial."""
         if self._around is not None and _WARM not in trial.user_attrs:
             self._begin_around_the_best()
         params = {name: trial.suggest_float(name, _UNIT.low, _UNIT.high) for name in self._env.space.dimensions}
         policy = self.policy_of(params)
+        if policy in self._seen and self._rng is not None:
+            self._switch(trial, policy, self._rng)
         result = self._env.submit(policy)
         self._seen.add(policy)
         if _WARM in trial.user_attrs:
             self._warm.append((params, result))
         return result
+
+    def _switch(self, trial: optuna.Trial, policy: Policy, rng: np.random.Generator) -> None:
+        """Have a policy near to one that comes again asked next."""
+        self._repeated.add(trial.number)
+        removed = self._env.feasible.removed(policy)
+        found = neighbour(self._env, removed, rng, self._seen, tries=_SWITCHES)
+        if found is not None:
+            self._study.enqueue_trial(self._params(self._env.feasible.policy(found)))
 
     def _begin_around_the_best(self) -> None:
         """Wait for the warm starts, and give the study a sampler that has learnt of the best."""

@@ -32,7 +32,7 @@ from autoprune.scoring import Scores
 from autoprune.sensitivity import SensitivityReport
 from autoprune.structure import Structure
 
-__all__ = ["ORDERS", "LayerFacts", "Observation", "PruningEnv", "Space", "layer_facts"]
+__all__ = ["ORDERS", "LayerFacts", "Observation", "Proposed", "PruningEnv", "Space", "layer_facts"]
 
 Array = npt.NDArray[np.float32]
 ORDERS = ("forward", "reverse", "random")
@@ -54,6 +54,23 @@ class Space(Protocol):
     def encode(self, policy: Policy) -> list[float]:
         """Return a point for a policy."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """A policy that was proposed; called, it waits for the candidate.
+
+    Attributes:
+        id: Of the policy. The same for all that remove the same elements, which are evaluated once.
+        result: What waits.
+    """
+
+    id: str
+    result: Result
+
+    def __call__(self) -> Candidate:
+        """Wait for the candidate, and return it."""
+        return self.result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,15 +299,15 @@ class PruningEnv(gymnasium.Env[Array, Array]):
 
     # -- for agents that propose whole policies -------------------------------------------------------------------
 
-    def submit(self, policy: Policy) -> Result:
-        """Begin to measure a policy, and return what waits for its candidate: `result = env.submit(policy); result()`.
+    def submit(self, policy: Policy) -> Proposed:
+        """Begin to measure a policy: `proposed = env.submit(policy)`, and `proposed()` waits for its candidate.
 
         `at_once` policies may be under way; with more, this waits for one of them.
 
         Raises:
             SearchOver: Evaluations or time are spent.
         """
-        return self._submit(policy)
+        return Proposed(self.feasible.structure.rounded(policy).id, self._submit(policy))
 
     def evaluate(self, policy: Policy) -> Candidate:
         """Measure a policy.
@@ -343,13 +360,13 @@ class PruningEnv(gymnasium.Env[Array, Array]):
             ResetNeeded: The episode has ended.
             SearchOver: The evaluations are spent.
         """
-        observation, result, info = self.decide(action)
-        if result is None:
+        observation, proposed, info = self.decide(action)
+        if proposed is None:
             return observation, 0.0, False, False, info
-        candidate = result()
+        candidate = proposed()
         return observation, self.value(candidate), True, False, info | {"candidate": candidate}
 
-    def decide(self, action: Array) -> tuple[Array, Result | None, dict[str, Any]]:
+    def decide(self, action: Array) -> tuple[Array, Proposed | None, dict[str, Any]]:
         """Decide the next group as `step` does, but wait for nothing: episodes may be under way together.
 
         Returns:

@@ -3,6 +3,7 @@
     python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents
     python benchmarks/agents.py --out runs/agents --show
     python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents --tasks resnet20-50 --before 3000
+    python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents --tasks resnet20-35 --behind 20
 
 Four tasks: ResNet-20 on CIFAR-10 at 50 % and at 35 % of its multiply-adds, plain-20 on Fashion-MNIST, and ResNet-8 on
 the digits of scikit-learn. `--weights-dir` holds `resnet20-12fca82f.th` (akamaster/pytorch_resnet_cifar10; it has seen
@@ -15,19 +16,23 @@ For each task:
 
 - `autoprune.compare`: all agents, `--seeds` seeds, `--candidates` evaluations each, reconstructed (the rung that ranks
   best a second, see `closed_form.md`), then every pick fine-tuned with one recipe and tested on all test images.
+- The default agent once more with `--more-seeds`, beside random and uniform alone: what three seeds can't tell.
 - Searches of other lengths: the default agent with `--few` evaluations, and AMC with the paper's settings and `--many`;
   their picks (of all that was measured, uniform included) are fine-tuned with the same recipe.
 
 To bring this to hours, candidates are measured on `--val-images` validation images, and training images are the first
 `--train-images` of a shuffle; test images are all there are. Called again, it goes on where it stopped.
 
-`--before` prints what the picks of a comparison that is done reach on the first test images, before any fine-tuning.
+`--before` prints what the picks of a comparison that is done reach on the first test images, before any fine-tuning;
+`--behind` what so many policies of each agent reach after it, drawn from the best thirty of every search.
 """
 
 import argparse
 import json
+import random
 import shutil
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +43,11 @@ import autoprune as ap
 from autoprune import data, models
 from autoprune.agents.amc import AMCAgent
 from autoprune.cli import watching
-from autoprune.evaluation import InProcess, Ledger, Once, Outcome, measure
+from autoprune.evaluation import Candidate, InProcess, Ledger, Once, Outcome, Pipeline, Recovery, measure
+from autoprune.finetuning import Recipe
 from autoprune.preparation import Prepared, prepare
 from autoprune.run import RunFolder
+from autoprune.seeds import derive
 from autoprune.settings import SearchSettings
 from autoprune.standings import t_interval
 from autoprune.tracking import NullTracker
@@ -59,6 +66,8 @@ AGENTS: Mapping[str, Any] = {
     "analytic": "analytic",
 }
 DEFAULT = "tpe"
+PARTS = ("seeds", "few", "many")
+BEST = 30  # of a search
 
 
 @dataclass(frozen=True)
@@ -105,13 +114,31 @@ def first(split: data.Split, number: int) -> data.Split:
 
 def compared(name: str, options: argparse.Namespace) -> None:
     """Compare all agents on a task, with as many evaluations each."""
+    comparison(name, options, options.out / name, options.agents, options.seeds)
+
+
+def repeated(name: str, options: argparse.Namespace) -> None:
+    """Compare the default agent with random and uniform over more seeds; the first ones are taken over."""
+    out, there = options.out / f"{name}-seeds", options.out / name
+    if not out.exists():
+        files = [file for file in there.iterdir() if file.is_file() and not file.name.startswith("compare.")]
+        out.mkdir()
+        for file in files:
+            shutil.copyfile(file, out / file.name)
+        for agent in (DEFAULT, "random", "uniform"):
+            shutil.copytree(there / agent, out / agent)
+    comparison(name, options, out, [DEFAULT], options.more_seeds)
+
+
+def comparison(name: str, options: argparse.Namespace, out: Path, agents: Sequence[str], seeds: int) -> None:
+    """Compare agents, and fine-tune what they pick."""
     setting = SETTINGS[name]
     with watching(quiet=True) as progress:
         ap.compare(
             made(setting, options),
-            out=options.out / name,
-            agents={name: AGENTS[name] for name in options.agents},
-            seeds=options.seeds,
+            out=out,
+            agents={agent: AGENTS[agent] for agent in agents},
+            seeds=seeds,
             candidates=options.candidates,
             budget=setting.budget,
             control=0,
@@ -176,19 +203,69 @@ def before(name: str, options: argparse.Namespace) -> Iterator[str]:
         yield f"| {run.path.parent.name} | {run.path.name} | {' | '.join(f'{cell:.2%}' for cell in cells)} |"
 
 
+def behind(name: str, options: argparse.Namespace) -> Iterator[str]:
+    """Yield what fine-tuning makes of policies that were not picked, but were among the best found."""
+    task, epochs = made(SETTINGS[name], options), SETTINGS[name].epochs
+    test = data.load(SETTINGS[name].data, options.data_root).test
+    yield f"| {name}: agent | policies | validation, as found | all test images, fine-tuned | standard deviation |"
+    yield "|---|---|---|---|---|"
+    prepared: Prepared | None = None
+    for agent in (DEFAULT, "random"):
+        runs = [RunFolder(options.out / name / agent / str(seed)) for seed in range(options.seeds)]
+        if prepared is None:
+            prepared = prepare(task, SearchSettings.of(runs[0].read(runs[0].config)["search"]), runs[0])
+        best: dict[str, Candidate] = {}
+        for run in runs:
+            known = Ledger(run.ledger)
+            own = [one for one in map(known.get, run.read(run.result)["proposed"]) if one and one.failure is None]
+            best |= {one.id: one for one in sorted(own, key=lambda one: -one.accuracy)[:BEST]}
+        chosen = random.Random(0).sample(list(best.values()), options.behind)
+        pipeline = Pipeline(prepared.bench, Recovery(), seed=0)
+        steps, recipe = epochs * task.steps_per_epoch(Recipe().batch_size), Recipe(lr=options.lr)
+        reached = []
+        for one in chosen:
+            network = prepared.bench.recovered(one.removed)
+            pipeline.train(network, steps, recipe, derive(0, one.id), one.removed)
+            reached.append(float(measure(network, test.batches(500), task.metric, task.loss).scores.mean()))
+        found = statistics.mean(one.accuracy for one in chosen)
+        spread = statistics.stdev(reached)
+        yield f"| {agent} | {len(chosen)} | {found:.2%} | {statistics.mean(reached):.2%} | {100 * spread:.2f} |"
+
+
 def page(options: argparse.Namespace) -> Iterator[str]:
     """Yield what is there, as lines of Markdown."""
     for name in options.tasks:
         file = options.out / name / "compare.json"
         if file.exists():
             yield from table(name, json.loads(file.read_text()), options)
+        more = options.out / f"{name}-seeds" / "compare.json"
+        if more.exists():
+            yield from lines(json.loads(more.read_text()))
+            yield ""
 
 
 def table(name: str, document: Mapping[str, Any], options: argparse.Namespace) -> Iterator[str]:
     """Yield a task's heading and table; what `autoprune.compare` says of them in words is on its pages."""
-    dense, recipe = document["dense"], document["finalized"]
     yield f"## {document['task'].get('name', name)}, {document['search']['budget']}"
     yield ""
+    yield from lines(document)
+    tests = {row["agent"]: row["test"]["values"] for row in document["table"] if "test" in row}
+    for label in ("few", "many"):
+        found = others(options.out / f"{name}-{label}")
+        if found:
+            picks, values, asked = found
+            what = {"few": DEFAULT, "many": "amc, as published"}[label]
+            seeds = "" if len(values) == document["seeds"] else f", {len(values)} of the seeds"
+            cells = [f"{what}, {asked}{seeds}", spread(t_interval(picks)._asdict()), "", "", str(asked)]
+            cells += [spread(t_interval(values)._asdict()), more(values, tests.get("random"))]
+            cells.append(more(values, tests.get("uniform")))
+            yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def lines(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a comparison is of, and its agents."""
+    dense, recipe = document["dense"], document["finalized"]
     yield (
         f"Dense {dense['accuracy']:.2%} on validation"
         + ("" if recipe is None else f", {recipe['dense_test']['accuracy']:.2%} on test")
@@ -207,17 +284,6 @@ def table(name: str, document: Mapping[str, Any], options: argparse.Namespace) -
         cells.append("" if own is None else spread(row["test"]))
         cells += [more(own, tests.get(other)) for other in ("random", "uniform")]
         yield f"| {' | '.join(cells)} |"
-    for label in ("few", "many"):
-        found = others(options.out / f"{name}-{label}")
-        if found:
-            picks, values, asked = found
-            what = {"few": DEFAULT, "many": "amc, as published"}[label]
-            seeds = "" if len(values) == document["seeds"] else f", {len(values)} of the seeds"
-            cells = [f"{what}, {asked}{seeds}", spread(t_interval(picks)._asdict()), "", "", str(asked)]
-            cells += [spread(t_interval(values)._asdict()), more(values, tests.get("random"))]
-            cells.append(more(values, tests.get("uniform")))
-            yield f"| {' | '.join(cells)} |"
-    yield ""
 
 
 def others(folder: Path) -> tuple[list[float], list[float], int] | None:
@@ -253,12 +319,14 @@ def main() -> None:
     if not options.show:
         if options.data_root is None or options.weights_dir is None:
             raise SystemExit("give --data-root and --weights-dir, or --show")
-        if options.before:
+        if options.before or options.behind:
             for name in options.tasks:
-                print("\n".join(before(name, options)))
+                print("\n".join((before if options.before else behind)(name, options)))
             return
         for name in options.tasks:
             compared(name, options)
+            if "seeds" in options.parts:
+                repeated(name, options)
             if "few" in options.parts:
                 searched(name, options, DEFAULT, "few", options.few)
             if "many" in options.parts:
@@ -275,8 +343,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--agents", nargs="*", default=list(AGENTS), choices=list(AGENTS), help="uniform and random always"
     )
-    parser.add_argument("--parts", nargs="*", default=["few", "many"], choices=["few", "many"])
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="besides all agents")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--more-seeds", type=int, default=8)
     parser.add_argument("--candidates", type=int, default=100)
     parser.add_argument("--parallel", type=int, default=1, help="searches of the comparison that run together")
     parser.add_argument("--few", type=int, default=40)
@@ -285,6 +354,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--train-images", type=int, default=12_800)
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of fine-tuning the picks")
     parser.add_argument("--before", type=int, metavar="IMAGES", help="only print what picks reach before fine-tuning")
+    parser.add_argument("--behind", type=int, metavar="POLICIES", help="only fine-tune so many that were not picked")
     parser.add_argument("--show", action="store_true", help="only print what is there")
     return parser.parse_args()
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import optuna
@@ -131,6 +132,39 @@ print(json.dumps({{name: [policy.id for policy in policies] for name, policies i
     for name, settings in agents.items():
         policies = _sequence(make("agent", name, settings), 16, seed=3)
         assert [policy.id for policy in policies] == there[name], name
+
+
+class _Stubborn(RandomSampler):
+    """Asks for one and the same point, whatever it is told."""
+
+    def sample_independent(self, study: object, trial: object, name: str, distribution: object) -> float:
+        return 0.5
+
+
+@pytest.mark.parametrize("make", [TPEAgent, UnivariateTPEAgent])
+def test_what_comes_again_gives_its_place_to_a_policy_near_to_it(
+    make: Callable[[], Agent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies: list[optuna.Study] = []
+
+    whole = optuna.create_study
+
+    def created(**settings: Any) -> optuna.Study:
+        studies.append(whole(**{**settings, "sampler": _Stubborn(seed=0)}))
+        return studies[-1]
+
+    monkeypatch.setattr(optuna, "create_study", created)
+    ids = proposed(make(), evaluations=6)
+    assert len(ids) == len(set(ids)) == 6
+    states = [trial.state.name for trial in studies[0].trials[:11]]
+    assert states == ["COMPLETE"] + ["FAIL", "COMPLETE"] * 5  # the point, then again, and what is tried for it
+    points = [tuple(trial.params.values()) for trial in studies[0].trials[:11]]
+    assert {points[0], *points[1::2]} == {points[0]}
+    assert len(set(points[::2])) == 6
+
+
+def test_without_switches_a_search_ends_where_its_sampler_repeats_itself() -> None:
+    assert len(proposed(OptunaAgent(_Stubborn(seed=0)), evaluations=6)) == 1
 
 
 # -- any sampler ------------------------------------------------------------------------------------------------------
