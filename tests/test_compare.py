@@ -3,7 +3,9 @@
 import functools
 import importlib
 import json
+import os
 import shutil
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from autoprune.agents.base import Objectives
 from autoprune.agents.optuna import TPEAgent
 from autoprune.compare import Comparison, compare
 from autoprune.environment import PruningEnv
-from autoprune.errors import ConfigError, RunError, TestSetError, UnknownNameError
+from autoprune.errors import ConfigError, ExecutorError, RunError, TestSetError, UnknownNameError
 from autoprune.evaluation import InProcess, Ledger, Outcome, Pipeline, Work
 from autoprune.finetuning import Recipe, train
 from autoprune.policy import Policy
@@ -329,6 +331,35 @@ def test_searches_and_fine_tuning_together_find_what_they_find_in_turn(tmp_path:
         assert here == there
         folder = RunFolder(tmp_path / "out" / agent / "0")
         assert folder.read(folder.config)["task"]["test"] == 60  # known there, but its samples are not
+
+
+class Fragile(Fixed):
+    """Has its process killed after two evaluations, the first time."""
+
+    def __init__(self, marker: Path) -> None:
+        super().__init__()
+        self._marker = marker
+
+    def run(self, env: PruningEnv, *, seed: int) -> None:
+        for number, value in enumerate(np.linspace(0.1, 0.9, env.evaluations)):
+            env.evaluate(env.space.decode([value] * len(env.space.dimensions)))
+            if number == 1 and not self._marker.exists():
+                self._marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_search_whose_process_is_killed_goes_on_when_the_comparison_is_run_again(tmp_path: Path) -> None:
+    agents = {"random": "random", "mine": Fragile(tmp_path / "killed")}
+    settings: dict[str, Any] = {"agents": agents, "seeds": 1, "sensitivity": ()}
+    with pytest.raises(ExecutorError, match=f"signal {signal.SIGKILL}"):
+        run(tmp_path / "out", parallel=2, **settings)
+    ledger = tmp_path / "out" / "mine" / "0" / "ledger.jsonl"
+    before = ledger.read_text()
+    assert [one.arm for one in Ledger(ledger)].count("search") == 2
+    run(tmp_path / "out", parallel=2, **settings)
+    assert ledger.read_text().startswith(before)
+    run(tmp_path / "whole", **settings)  # the process is not killed a second time
+    assert table(tmp_path / "out") == table(tmp_path / "whole")
 
 
 def test_what_a_search_raises_in_its_process_is_raised_here_and_others_go_on(tmp_path: Path) -> None:
