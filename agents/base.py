@@ -82,8 +82,8 @@ def in_turn(env: PruningEnv, begun: Iterable[tuple[T, Proposed]]) -> Iterator[tu
 
     So what an agent knows when it proposes does not depend on which evaluation was the fastest: a search with several
     workers can be repeated. A policy that comes again keeps no worker busy, and takes no place: one whose candidate was
-    yielded is told at once, and one that is under way is told with the first; as whoever proposes it needs to learn
-    something, what was begun first is waited for then.
+    yielded before, by this call, is told at once, and one that is under way with the first; as whoever proposes it
+    needs to learn something, what was begun first is waited for then.
 
     Args:
         env: Says how many are under way.

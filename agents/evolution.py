@@ -103,7 +103,7 @@ def neighbour(
     step: float = 0.3,
     tries: int = 50,
 ) -> Removed | None:
-    """Return counts a level switch away that stand for a policy nobody tried, or None where no draw finds any.
+    """Return counts a level switch away that stand for a policy not known yet, or None where no draw finds any.
 
     Where the share of the budget is free, it changes too.
 
@@ -111,7 +111,7 @@ def neighbour(
         env: What is searched.
         removed: `(groups,)`; it is left as it is.
         rng: Randomness.
-        known: What was tried.
+        known: Policies.
         step: As of `switched`.
         tries: How many are drawn.
     """

@@ -1,7 +1,7 @@
 """Agents on Optuna's samplers, through ask and tell: by name, or on any sampler of yours.
 
 The one file that imports optuna. Each coordinate of the search space is a float parameter; what is told of a trial is
-what came of the very point that was asked, and a candidate that failed is told as failed.
+what came of the very point that was asked. A candidate that failed is told as failed; with TPE, so is what comes again.
 
 Without a storage a study lives in memory, and a search is what its seed says. With one, several searches may share a
 study and learn from each other's trials; then what is proposed depends on who was faster, and the seed alone does not
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 _TRIES, _PAUSE = 10, 0.3  # to open a storage whose tables, or whose study, another process is just making; seconds
-_RUN, _POLICY, _WARM, _SPACE = "run", "policy", "warm start", "space"  # attributes of trials, the last of the study
+_RUN, _POLICY, _WARM, _AGAIN, _SPACE = "run", "policy", "warm start", "again", "space"  # of trials, the last of a study
 _UNIT = FloatDistribution(0.0, 1.0)
 _SWITCHES = 10  # tried from a policy that came again
 
@@ -530,14 +530,14 @@ def _optimise(
         around: Makes it again, to begin around the best warm start, once these are measured.
         switching: Whether a policy near to one that comes again is tried instead.
     """
-    rng = np.random.default_rng(derive(seed, "switches")) if switching else None
     with _quiet():
         where = agent._place.storage
         if where is not None:
             with contextlib.ExitStack() as stack:
-                _share(agent, _opened(agent, where, env, stack), env, seed, make, around, rng)
+                _share(agent, _opened(agent, where, env, stack), env, seed, make, around, switching=switching)
             return
         study = optuna.create_study(sampler=make(seed), directions=_directions(agent))
+        rng = _switches(seed, switching)
         trials = _Trials(env, study, agent.objectives, None if around is None else functools.partial(around, seed), rng)
         if agent.warm_start:
             trials.enqueue_warm_starts()
@@ -552,7 +552,8 @@ def _share(
     seed: int,
     make: _Make,
     around: _MakeAround | None,
-    rng: np.random.Generator | None,
+    *,
+    switching: bool,
 ) -> None:
     """Do the same on a study that others may work on, and that may hold trials of this very search.
 
@@ -563,6 +564,7 @@ def _share(
     own = [trial for trial in there if trial.user_attrs.get(_RUN) == env.name]
     seed = derive(seed, env.name, len(there))  # a search that goes on would draw its first points again
     study.sampler = make(seed)
+    rng = _switches(seed, switching)
     trials = _Trials(env, study, agent.objectives, None if around is None else functools.partial(around, seed), rng)
     if agent.warm_start and (new or own):  # one search brings them, or several would try the same
         trials.enqueue_warm_starts(but_known=True)
@@ -581,11 +583,15 @@ def _share(
                 trials.describe(trial, candidate)
                 trials.tell(trial, candidate)
             except UpdateFinishedTrialError:  # SQLite can give one waiting trial to two who ask at once
-                trials.add(trials.policy_of(trial.params), candidate)
+                trials.add_told(trial, candidate)
         elif trial is not None:
             trials.add(trial, candidate)
     if over:
         raise over[0]
+
+
+def _switches(seed: int, switching: bool) -> np.random.Generator | None:
+    return np.random.default_rng(derive(seed, "switches")) if switching else None
 
 
 @final
@@ -684,6 +690,11 @@ class _Trials:
         for name, value in {_RUN: self._env.name, **self._attributes(candidate)}.items():
             trial.set_user_attr(name, value)
 
+    def add_told(self, trial: optuna.Trial, candidate: Candidate) -> None:
+        """Add a trial beside one that another search was given too, and has told, unless it was nothing new here."""
+        if trial.number not in self._repeated:
+            self.add(self.policy_of(trial.params), candidate)
+
     def add(self, policy: Policy, candidate: Candidate) -> None:
         """Add a trial that has been told elsewhere."""
         done = candidate.failure is None
@@ -703,17 +714,20 @@ class _Trials:
             self._begin_around_the_best()
         params = {name: trial.suggest_float(name, _UNIT.low, _UNIT.high) for name in self._env.space.dimensions}
         policy = self.policy_of(params)
+        result = self._env.submit(policy)
         if policy in self._seen and self._rng is not None:
             self._switch(trial, policy, self._rng)
-        result = self._env.submit(policy)
         self._seen.add(policy)
         if _WARM in trial.user_attrs:
             self._warm.append((params, result))
         return result
 
     def _switch(self, trial: optuna.Trial, policy: Policy, rng: np.random.Generator) -> None:
-        """Have a policy near to one that comes again asked next."""
+        """Have a policy near to one that comes again asked next, once."""
         self._repeated.add(trial.number)
+        if _AGAIN in trial.user_attrs:  # it was under way when the process died
+            return
+        trial.set_user_attr(_AGAIN, True)
         removed = self._env.feasible.removed(policy)
         found = neighbour(self._env, removed, rng, self._seen, tries=_SWITCHES)
         if found is not None:

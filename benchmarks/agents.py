@@ -3,7 +3,7 @@
     python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents
     python benchmarks/agents.py --out runs/agents --show
     python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents --tasks resnet20-50 --before 3000
-    python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents --tasks resnet20-35 --behind 20
+    python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents --tasks resnet20-35 --early 10 20 40
 
 Four tasks: ResNet-20 on CIFAR-10 at 50 % and at 35 % of its multiply-adds, plain-20 on Fashion-MNIST, and ResNet-8 on
 the digits of scikit-learn. `--weights-dir` holds `resnet20-12fca82f.th` (akamaster/pytorch_resnet_cifar10; it has seen
@@ -24,14 +24,12 @@ To bring this to hours, candidates are measured on `--val-images` validation ima
 `--train-images` of a shuffle; test images are all there are. Called again, it goes on where it stopped.
 
 `--before` prints what the picks of a comparison that is done reach on the first test images, before any fine-tuning;
-`--behind` what so many policies of each agent reach after it, drawn from the best thirty of every search.
+`--early` what the default agent and random, with `--more-seeds`, would have picked after fewer evaluations.
 """
 
 import argparse
 import json
-import random
 import shutil
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +65,6 @@ AGENTS: Mapping[str, Any] = {
 }
 DEFAULT = "tpe"
 PARTS = ("seeds", "few", "many")
-BEST = 30  # of a search
 
 
 @dataclass(frozen=True)
@@ -121,12 +118,16 @@ def repeated(name: str, options: argparse.Namespace) -> None:
     """Compare the default agent with random and uniform over more seeds; the first ones are taken over."""
     out, there = options.out / f"{name}-seeds", options.out / name
     if not out.exists():
-        files = [file for file in there.iterdir() if file.is_file() and not file.name.startswith("compare.")]
-        out.mkdir()
-        for file in files:
-            shutil.copyfile(file, out / file.name)
+        part = out.with_name(f".{out.name}")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for file in there.iterdir():
+            if file.is_file() and not file.name.startswith("compare."):
+                shutil.copyfile(file, part / file.name)
         for agent in (DEFAULT, "random", "uniform"):
-            shutil.copytree(there / agent, out / agent)
+            if (there / agent).exists():
+                shutil.copytree(there / agent, part / agent)
+        part.rename(out)
     comparison(name, options, out, [DEFAULT], options.more_seeds)
 
 
@@ -203,33 +204,45 @@ def before(name: str, options: argparse.Namespace) -> Iterator[str]:
         yield f"| {run.path.parent.name} | {run.path.name} | {' | '.join(f'{cell:.2%}' for cell in cells)} |"
 
 
-def behind(name: str, options: argparse.Namespace) -> Iterator[str]:
-    """Yield what fine-tuning makes of policies that were not picked, but were among the best found."""
+def early(name: str, options: argparse.Namespace) -> Iterator[str]:
+    """Yield what the default agent and random would have picked after fewer evaluations, and what that is worth."""
+    folder = options.out / f"{name}-seeds"
     task, epochs = made(SETTINGS[name], options), SETTINGS[name].epochs
     test = data.load(SETTINGS[name].data, options.data_root).test
-    yield f"| {name}: agent | policies | validation, as found | all test images, fine-tuned | standard deviation |"
-    yield "|---|---|---|---|---|"
-    prepared: Prepared | None = None
-    for agent in (DEFAULT, "random"):
-        runs = [RunFolder(options.out / name / agent / str(seed)) for seed in range(options.seeds)]
-        if prepared is None:
-            prepared = prepare(task, SearchSettings.of(runs[0].read(runs[0].config)["search"]), runs[0])
-        best: dict[str, Candidate] = {}
-        for run in runs:
-            known = Ledger(run.ledger)
-            own = [one for one in map(known.get, run.read(run.result)["proposed"]) if one and one.failure is None]
-            best |= {one.id: one for one in sorted(own, key=lambda one: -one.accuracy)[:BEST]}
-        chosen = random.Random(0).sample(list(best.values()), options.behind)
-        pipeline = Pipeline(prepared.bench, Recovery(), seed=0)
-        steps, recipe = epochs * task.steps_per_epoch(Recipe().batch_size), Recipe(lr=options.lr)
-        reached = []
-        for one in chosen:
-            network = prepared.bench.recovered(one.removed)
-            pipeline.train(network, steps, recipe, derive(0, one.id), one.removed)
-            reached.append(float(measure(network, test.batches(500), task.metric, task.loss).scores.mean()))
-        found = statistics.mean(one.accuracy for one in chosen)
-        spread = statistics.stdev(reached)
-        yield f"| {agent} | {len(chosen)} | {found:.2%} | {statistics.mean(reached):.2%} | {100 * spread:.2f} |"
+    columns = [f"{name}: evaluations", f"{DEFAULT}, as found", "fine-tuned", "random, as found", "fine-tuned", "more"]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---|---|---|---|---|---|"
+    runs = {
+        agent: [RunFolder(folder / agent / str(seed)) for seed in range(options.more_seeds)]
+        for agent in (DEFAULT, "random")
+    }
+    first = runs[DEFAULT][0]
+    prepared = prepare(task, SearchSettings.of(first.read(first.config)["search"]), first)
+    pipeline = Pipeline(prepared.bench, Recovery(), seed=0)
+    steps, recipe = epochs * task.steps_per_epoch(Recipe().batch_size), Recipe(lr=options.lr)
+    reached: dict[str, float] = {}
+
+    def worth(candidate: Candidate) -> float:
+        if candidate.id not in reached:
+            network = prepared.bench.recovered(candidate.removed)
+            pipeline.train(network, steps, recipe, derive(0, candidate.id), candidate.removed)
+            reached[candidate.id] = float(measure(network, test.batches(500), task.metric, task.loss).scores.mean())
+        return reached[candidate.id]
+
+    for evaluations in options.early:
+        cells, values = [str(evaluations)], []
+        for several in runs.values():
+            picks = [best(run, evaluations) for run in several]
+            values.append([worth(candidate) for candidate in picks])
+            cells += [spread(t_interval(some)._asdict()) for some in ([one.accuracy for one in picks], values[-1])]
+        yield f"| {' | '.join([*cells, more(*values)])} |"
+
+
+def best(run: RunFolder, evaluations: int) -> Candidate:
+    """Return the most accurate of what an agent proposed first."""
+    ledger = Ledger(run.ledger)
+    own = [ledger.get(identity) for identity in run.read(run.result)["proposed"][:evaluations]]
+    return max((one for one in own if one is not None and one.failure is None), key=lambda one: one.accuracy)
 
 
 def page(options: argparse.Namespace) -> Iterator[str]:
@@ -319,9 +332,10 @@ def main() -> None:
     if not options.show:
         if options.data_root is None or options.weights_dir is None:
             raise SystemExit("give --data-root and --weights-dir, or --show")
-        if options.before or options.behind:
+        if options.before or options.early:
             for name in options.tasks:
-                print("\n".join((before if options.before else behind)(name, options)))
+                for line in (before if options.before else early)(name, options):
+                    print(line, flush=True)
             return
         for name in options.tasks:
             compared(name, options)
@@ -354,7 +368,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--train-images", type=int, default=12_800)
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of fine-tuning the picks")
     parser.add_argument("--before", type=int, metavar="IMAGES", help="only print what picks reach before fine-tuning")
-    parser.add_argument("--behind", type=int, metavar="POLICIES", help="only fine-tune so many that were not picked")
+    parser.add_argument(
+        "--early", type=int, nargs="+", metavar="N", help="only print what picks of N evaluations reach"
+    )
     parser.add_argument("--show", action="store_true", help="only print what is there")
     return parser.parse_args()
 

@@ -182,7 +182,10 @@ def test_two_processes_work_on_one_study(
     if database not in ledgers:
         pytest.skip("there is no PostgreSQL server in /usr/lib/postgresql, or no psycopg")
     address, by_run = ledgers[database]
-    trials = trials_of(address)
+    kept = [trial for trial in trials_of(address) if trial.state != TrialState.WAITING]  # which nobody had time for
+    again = [trial for trial in kept if "again" in trial.user_attrs]
+    trials = [trial for trial in kept if "again" not in trial.user_attrs]
+    assert {trial.state for trial in again} <= {TrialState.FAIL}
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
     for name, ledger in by_run.items():
         assert len(ledger) == 8  # none of its evaluations went to waste
@@ -281,6 +284,32 @@ def test_without_warm_starts_nothing_is_enqueued(storage: optuna.storages.BaseSt
     run_agent(TPEAgent(storage=storage, study="s", warm_start=False), env, seed=0)
     assert not any("warm start" in trial.user_attrs for trial in trials_of(storage))
     assert not {c.policy for c in evaluator.candidates} & set(env.warm_starts)
+
+
+class Stubborn(optuna.samplers.RandomSampler):
+    """Asks for one and the same point, whatever it is told."""
+
+    def sample_independent(self, study: object, trial: object, name: str, distribution: object) -> float:
+        return 0.5
+
+
+def test_what_comes_again_fails_and_searches_switch_to_policies_of_their_own(
+    storage: optuna.storages.BaseStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoprune.agents.optuna.TPESampler", lambda **_: Stubborn(seed=0))
+    ids = []
+    for name in ("run-1", "run-2"):
+        env, evaluator = shared_env(name)
+        run_agent(TPEAgent(storage=storage, study="s", warm_start=False), env, seed=0)
+        ids.append([candidate.id for candidate in evaluator.candidates])
+    assert [len(set(own)) for own in ids] == [8, 8]
+    assert ids[0][0] == ids[1][0]  # the sampler's point; what is tried for it differs
+    assert set(ids[0][1:]) != set(ids[1][1:])
+    trials = trials_of(storage)
+    again = [trial for trial in trials if "again" in trial.user_attrs]
+    assert {trial.state for trial in again} == {TrialState.FAIL}
+    told = [(t.user_attrs["run"], t.user_attrs["policy"]) for t in trials if t.state == TrialState.COMPLETE]
+    assert len(told) == len(set(told)) == 16
 
 
 class KilledError(BaseException):
