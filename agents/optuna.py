@@ -195,7 +195,7 @@ class TPEAgent(_Modelling):
     Bergstra et al. 2011, multivariate as in Falkner et al. 2018 (BOHB, https://arxiv.org/abs/1807.01774). The longer
     it searches, the more of its points stand for policies that were tried. Such a point is told as failed, so that
     copies of the best do not crowd the estimator, and a policy one level switch from it (see `EvolutionAgent`) is
-    tried next.
+    tried next; where none is new, a random point.
 
     Args:
         startup: Random points, warm starts among them, before the estimator takes over. None: a quarter of the
@@ -723,15 +723,15 @@ class _Trials:
         return result
 
     def _switch(self, trial: optuna.Trial, policy: Policy, rng: np.random.Generator) -> None:
-        """Have a policy near to one that comes again asked next, once."""
+        """Have a policy near to one that comes again asked next, once; where all near it are known, a random point."""
         self._repeated.add(trial.number)
         if _AGAIN in trial.user_attrs:  # it was under way when the process died
             return
         trial.set_user_attr(_AGAIN, True)
         removed = self._env.feasible.removed(policy)
         found = neighbour(self._env, removed, rng, self._seen, tries=_SWITCHES)
-        if found is not None:
-            self._study.enqueue_trial(self._params(self._env.feasible.policy(found)))
+        drawn = dict(zip(self._env.space.dimensions, rng.random(len(self._env.space.dimensions)).tolist(), strict=True))
+        self._study.enqueue_trial(drawn if found is None else self._params(self._env.feasible.policy(found)))
 
     def _begin_around_the_best(self) -> None:
         """Wait for the warm starts, and give the study a sampler that has learnt of the best."""

@@ -163,6 +163,15 @@ def test_what_comes_again_gives_its_place_to_a_policy_near_to_it(
     assert len(set(points[::2])) == 6
 
 
+@pytest.mark.parametrize("make", [TPEAgent, UnivariateTPEAgent])
+def test_where_all_near_it_is_known_a_search_goes_on_from_random_points(
+    make: Callable[[], Agent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoprune.agents.optuna.neighbour", lambda *_, **__: None)
+    monkeypatch.setattr("autoprune.agents.optuna.TPESampler", lambda **_: _Stubborn(seed=0))
+    assert len(proposed(make(), evaluations=6)) == 6
+
+
 def test_without_switches_a_search_ends_where_its_sampler_repeats_itself() -> None:
     assert len(proposed(OptunaAgent(_Stubborn(seed=0)), evaluations=6)) == 1
 
