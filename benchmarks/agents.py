@@ -3,7 +3,6 @@
     python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents
     python benchmarks/agents.py --out runs/agents --show
     python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents --tasks resnet20-50 --before 3000
-    python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents --tasks resnet20-35 --early 10 20 40
 
 Four tasks: ResNet-20 on CIFAR-10 at 50 % and at 35 % of its multiply-adds, plain-20 on Fashion-MNIST, and ResNet-8 on
 the digits of scikit-learn. `--weights-dir` holds `resnet20-12fca82f.th` (akamaster/pytorch_resnet_cifar10; it has seen
@@ -23,8 +22,7 @@ For each task:
 To bring this to hours, candidates are measured on `--val-images` validation images, and training images are the first
 `--train-images` of a shuffle; test images are all there are. Called again, it goes on where it stopped.
 
-`--before` prints what the picks of a comparison that is done reach on the first test images, before any fine-tuning;
-`--early` what the default agent and random, with `--more-seeds`, would have picked after fewer evaluations.
+`--before` prints what the picks of a comparison that is done reach on the first test images, before any fine-tuning.
 """
 
 import argparse
@@ -41,11 +39,9 @@ import autoprune as ap
 from autoprune import data, models
 from autoprune.agents.amc import AMCAgent
 from autoprune.cli import watching
-from autoprune.evaluation import Candidate, InProcess, Ledger, Once, Outcome, Pipeline, Recovery, measure
-from autoprune.finetuning import Recipe
+from autoprune.evaluation import InProcess, Ledger, Once, Outcome, measure
 from autoprune.preparation import Prepared, prepare
 from autoprune.run import RunFolder
-from autoprune.seeds import derive
 from autoprune.settings import SearchSettings
 from autoprune.standings import t_interval
 from autoprune.tracking import NullTracker
@@ -204,47 +200,6 @@ def before(name: str, options: argparse.Namespace) -> Iterator[str]:
         yield f"| {run.path.parent.name} | {run.path.name} | {' | '.join(f'{cell:.2%}' for cell in cells)} |"
 
 
-def early(name: str, options: argparse.Namespace) -> Iterator[str]:
-    """Yield what the default agent and random would have picked after fewer evaluations, and what that is worth."""
-    folder = options.out / f"{name}-seeds"
-    task, epochs = made(SETTINGS[name], options), SETTINGS[name].epochs
-    test = data.load(SETTINGS[name].data, options.data_root).test
-    columns = [f"{name}: evaluations", f"{DEFAULT}, as found", "fine-tuned", "random, as found", "fine-tuned", "more"]
-    yield f"| {' | '.join(columns)} |"
-    yield "|---|---|---|---|---|---|"
-    runs = {
-        agent: [RunFolder(folder / agent / str(seed)) for seed in range(options.more_seeds)]
-        for agent in (DEFAULT, "random")
-    }
-    first = runs[DEFAULT][0]
-    prepared = prepare(task, SearchSettings.of(first.read(first.config)["search"]), first)
-    pipeline = Pipeline(prepared.bench, Recovery(), seed=0)
-    steps, recipe = epochs * task.steps_per_epoch(Recipe().batch_size), Recipe(lr=options.lr)
-    reached: dict[str, float] = {}
-
-    def worth(candidate: Candidate) -> float:
-        if candidate.id not in reached:
-            network = prepared.bench.recovered(candidate.removed)
-            pipeline.train(network, steps, recipe, derive(0, candidate.id), candidate.removed)
-            reached[candidate.id] = float(measure(network, test.batches(500), task.metric, task.loss).scores.mean())
-        return reached[candidate.id]
-
-    for evaluations in options.early:
-        cells, values = [str(evaluations)], []
-        for several in runs.values():
-            picks = [best(run, evaluations) for run in several]
-            values.append([worth(candidate) for candidate in picks])
-            cells += [spread(t_interval(some)._asdict()) for some in ([one.accuracy for one in picks], values[-1])]
-        yield f"| {' | '.join([*cells, more(*values)])} |"
-
-
-def best(run: RunFolder, evaluations: int) -> Candidate:
-    """Return the most accurate of what an agent proposed first."""
-    ledger = Ledger(run.ledger)
-    own = [ledger.get(identity) for identity in run.read(run.result)["proposed"][:evaluations]]
-    return max((one for one in own if one is not None and one.failure is None), key=lambda one: one.accuracy)
-
-
 def page(options: argparse.Namespace) -> Iterator[str]:
     """Yield what is there, as lines of Markdown."""
     for name in options.tasks:
@@ -332,10 +287,9 @@ def main() -> None:
     if not options.show:
         if options.data_root is None or options.weights_dir is None:
             raise SystemExit("give --data-root and --weights-dir, or --show")
-        if options.before or options.early:
+        if options.before:
             for name in options.tasks:
-                for line in (before if options.before else early)(name, options):
-                    print(line, flush=True)
+                print("\n".join(before(name, options)))
             return
         for name in options.tasks:
             compared(name, options)
@@ -368,9 +322,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--train-images", type=int, default=12_800)
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate of fine-tuning the picks")
     parser.add_argument("--before", type=int, metavar="IMAGES", help="only print what picks reach before fine-tuning")
-    parser.add_argument(
-        "--early", type=int, nargs="+", metavar="N", help="only print what picks of N evaluations reach"
-    )
     parser.add_argument("--show", action="store_true", help="only print what is there")
     return parser.parse_args()
 
