@@ -114,7 +114,15 @@ class FeasibleSet:
 
     def utilisation(self, removed: Removed) -> float:
         """Return the largest share of a limit that these counts use; at most 1 where the budget is met."""
-        return self.budget.utilisation(self.costs.cost(removed), self.costs.dense)
+        return max(self.costs.used(metric, removed) / allowed for metric, allowed in self._allowed)
+
+    @cached_property
+    def _allowed(self) -> tuple[tuple[str, float], ...]:
+        return tuple((limit.metric, limit.absolute(self.costs.dense)) for limit in self._limits)
+
+    @property
+    def _limits(self) -> tuple[Limit, ...]:
+        return self.budget.limits or (Limit("macs", 1.0, relative=True),)
 
     def policy(self, removed: Removed) -> Policy:
         """Return counts as a policy."""
@@ -214,8 +222,7 @@ class FeasibleSet:
 
     def limited(self, share: float) -> Self:
         """Return the set under a share of the budget; it may be empty: see `utilisation` of the upper bounds."""
-        limits = self.budget.limits or (Limit("macs", 1.0, relative=True),)
-        return replace(self, budget=Budget(tuple(replace(limit, value=share * limit.value) for limit in limits)))
+        return replace(self, budget=Budget(tuple(replace(limit, value=share * limit.value) for limit in self._limits)))
 
     def without(self, groups: Collection[str]) -> Self:
         """Return the set in which these groups lose as little as they may, if the budget can be met so; else this."""

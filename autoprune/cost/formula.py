@@ -162,6 +162,23 @@ class CostModel:
         )
         return cost if self._latency is None else replace(cost, latency_ms=self._latency.predict(counts))
 
+    def used(self, metric: str, removed: Removed) -> float:
+        """Return one number of a cost; a search asks for one a hundred times as often as for all.
+
+        Args:
+            metric: One of `autoprune.cost.METRICS`.
+            removed: `(groups,)` counts in the structure's order.
+
+        Raises:
+            BudgetError: It is the latency, and none was predicted.
+        """
+        if metric == "macs":
+            return float(self._macs.values(self._sizes.values(removed)).sum())
+        if metric == "params" and not self._shared:
+            return float(self._is_parameter @ self._numels.values(self._sizes.values(removed)))
+        number: float = getattr(self.cost(removed), metric)
+        return number
+
     def _counts(self, removed: Removed | Mapping[str, int]) -> Removed:
         if isinstance(removed, Mapping):
             return np.array([removed.get(name, 0) for name in self._structure.names], dtype=np.int64)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from autoprune.cost import Cost, CostModel, count
+from autoprune.cost import METRICS, Cost, CostModel, count
+from autoprune.errors import BudgetError
 from autoprune.models import CifarResNet, build
 from autoprune.structure import Structure, Weakest, analyse, cut, plan, remove
 from autoprune.structure.blocks import find_blocks
@@ -174,6 +175,18 @@ class TestExact:
     def test_a_policy_costs_what_the_built_network_counts(self, name, data):
         structure = prepared(name)[2]
         assert_exact(name, [data.draw(st.integers(0, most(group))) for group in structure])
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_one_number_is_that_of_all(self, name):
+        rng = np.random.default_rng(0)
+        _, _, structure, costs = prepared(name)
+        for _ in range(5):
+            removed = np.array([rng.integers(0, most(group) + 1) for group in structure])
+            cost = costs.cost(removed)
+            for metric in METRICS[:-1]:
+                assert costs.used(metric, removed) == getattr(cost, metric)
+            with pytest.raises(BudgetError):  # no latency was measured
+                costs.used("latency", removed)
 
     @pytest.mark.parametrize("name", LARGE)
     def test_large_networks(self, name):
