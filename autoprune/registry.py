@@ -37,6 +37,7 @@ FAMILIES = MappingProxyType(
                 "random": "autoprune.agents.random:RandomAgent",
                 "separable": "autoprune.agents.separable:SeparableAgent",
                 "spdy": "autoprune.agents.spdy:SPDYAgent",
+                "surrogate": "autoprune.agents.surrogate:SurrogateAgent",
                 "threshold": "autoprune.agents.threshold:ThresholdAgent",
                 "tpe": "autoprune.agents.optuna:TPEAgent",
                 "tpe-univariate": "autoprune.agents.optuna:UnivariateTPEAgent",
