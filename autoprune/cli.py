@@ -167,6 +167,12 @@ RayAddress = Annotated[
     str | None,
     typer.Option(help="A running Ray cluster to find the workers on: auto, or HOST:PORT. By default this machine."),
 ]
+WorkerCpus = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Cores, and threads, of a worker; by default a share of this machine's, and 1 with --ray-address."
+    ),
+]
 WorkerGpus = Annotated[
     float | None, typer.Option(help="GPUs of a worker, such as 0.25; by default 1 if the network is on one.")
 ]
@@ -379,6 +385,7 @@ def search(
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which nothing new is evaluated.")] = None,
     workers: Workers = 1,
     ray_address: RayAddress = None,
+    worker_cpus: WorkerCpus = None,
     worker_gpus: WorkerGpus = None,
     seed: Seed = 0,
     dry_run: Annotated[
@@ -428,7 +435,7 @@ def search(
         if dry_run:
             _print_widths(prepare(work, dataclasses.replace(options, shared_steps=0)))
             return
-        executor = _executor(workers, ray_address, worker_gpus)
+        executor = _executor(workers, ray_address, worker_cpus, worker_gpus)
         places: dict[str, Any] = {"out": out, "progress": progress, "source": source, "executor": executor}
         result = autoprune.search(work, agent=agent, agent_settings=agent_settings, reuse=reuse, **places, **settings)
     _print_result(result)
@@ -487,6 +494,7 @@ def compare(
     reuse: Reuse = None,
     workers: Workers = 1,
     ray_address: RayAddress = None,
+    worker_cpus: WorkerCpus = None,
     worker_gpus: WorkerGpus = None,
     parallel: Annotated[
         int, typer.Option(min=1, help="Searches that run together, each in a process with its share of the cores.")
@@ -537,7 +545,7 @@ def compare(
             progress=progress,
             source=source,
             reuse=reuse,
-            executor=_executor(workers, ray_address, worker_gpus),
+            executor=_executor(workers, ray_address, worker_cpus, worker_gpus),
             parallel=parallel,
             **settings,
         )
@@ -579,6 +587,7 @@ def sensitivity(
     ] = None,
     workers: Workers = 1,
     ray_address: RayAddress = None,
+    worker_cpus: WorkerCpus = None,
     worker_gpus: WorkerGpus = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -613,7 +622,7 @@ def sensitivity(
             work = _task(source, device=device, baseline=baseline, progress=progress)
             prepared = prepare(work, settings)
             grid = () if analytic else _numbers(sparsities)
-            executor = _executor(workers, ray_address, worker_gpus) if grid else None
+            executor = _executor(workers, ray_address, worker_cpus, worker_gpus) if grid else None
             progress.begin("sensitivity", len(prepared.structure) * len(grid))
             with contextlib.ExitStack() as stack:
                 if executor is not None:
@@ -792,15 +801,17 @@ def train_command(
 # -- reading ------------------------------------------------------------------------------------------------------
 
 
-def _executor(workers: int, address: str | None, gpus: float | None) -> Executor | None:
+def _executor(workers: int, address: str | None, cpus: int | None, gpus: float | None) -> Executor | None:
     """Return what evaluates candidates; None for this process."""
     if workers == 1 and address is None:
+        if cpus is not None or gpus is not None:
+            raise ConfigError("--worker-cpus and --worker-gpus are a worker's; add --workers or --ray-address")
         return None
     try:
         from autoprune.evaluation.ray import RayExecutor
     except ModuleNotFoundError as error:
         raise ConfigError('workers need Ray; install with: pip install "autoprune[ray]"') from error
-    return RayExecutor(workers, address=address, gpus=gpus)
+    return RayExecutor(workers, address=address, cpus=cpus, gpus=gpus)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

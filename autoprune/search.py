@@ -391,7 +391,7 @@ class _Search:
         for rung in ladder:
             own = best([c for c in below if c.arm == "search"], rung.candidates, value)
             controls = [c for c in below if c.id == uniform] + best([c for c in below if c.arm == "random"], 1, value)
-            evaluators[-1].close()
+            evaluators[-1].leave()
             climbing = {c.id: c for c in [*controls, *own, *(tried if rung.level == 1 else ())]}
             evaluator, below = self._climb(rung, list(climbing.values()))
             if sum(c.arm == "search" for c in below) < 2:
@@ -444,7 +444,7 @@ class _Search:
         if len(tried) < FEWEST_SAMPLED:
             return most, []
         evaluator, found = self._climb(most[0], tried)
-        evaluator.close()
+        evaluator.leave()
         places = {c.id: place for place, c in enumerate(best(found, len(found), value))}
         both = [(place, places[c.id]) for place, c in enumerate(ranked) if c.id in places]
         if len(both) < FEWEST_SAMPLED:

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py groups
     python benchmarks/scaling.py candidates [--most 100000]
-    python benchmarks/scaling.py workers
+    python benchmarks/scaling.py workers [--ray 1 2]
 
 `groups`: chains of convolutions. Seconds to find and prove the groups, to price them, and, a policy, to decode a point
 of the search space, to price it, to slice it; and memory at its peak.
@@ -11,8 +11,9 @@ of the search space, to price it, to slice it; and memory at its peak.
 and in the last tenth of a search: of the evaluator and its ledger alone (random policies), and with Optuna's samplers;
 and by how much the process's memory grew.
 
-`workers`: evaluations that sleep, for random times around a mean, on threads. How busy the workers are: the sum of all
-evaluations' times over what the workers had, for an agent that draws and for one that learns.
+`workers`: evaluations that sleep, for random times around a median, on threads and on Ray. Seconds until all workers
+are up, and how busy they are from then on: the sum of all evaluations' times over what the workers had, for an agent
+that draws and for one that learns.
 """
 
 import argparse
@@ -35,9 +36,10 @@ from autoprune.agents.optuna import NSGA2Agent, TPEAgent
 from autoprune.agents.random import RandomAgent
 from autoprune.cost import Budget, CostModel, FeasibleSet
 from autoprune.environment import PruningEnv
-from autoprune.evaluation import Arm, Evaluator, Ledger, Measurement, Outcome, Runs
+from autoprune.evaluation import Arm, Evaluator, Executor, Ledger, Measurement, Outcome, Runs, Work
 from autoprune.policy import Policy
 from autoprune.search_spaces.per_group import PerGroup
+from autoprune.seeds import derive
 from autoprune.structure import analyse, plan
 from autoprune.structure import cut as cut_network
 from autoprune.testing import chain, run_agent
@@ -84,18 +86,19 @@ def smaller(model: nn.Module, structure: Any, counts: dict[str, int]) -> nn.Modu
 
 
 class Formula:
-    """A pipeline whose accuracies come from a formula, after a while."""
+    """A pipeline whose accuracies come from a formula, after seconds that are log-normal and depend on the policy."""
 
     device = torch.device("cpu")
 
-    def __init__(self, feasible: FeasibleSet, seconds: Callable[[], float] = lambda: 0.0) -> None:
+    def __init__(self, feasible: FeasibleSet, median: float = 0.0, spread: float = 0.0) -> None:
         self.structure = feasible.structure
         self.bench = self  # what the evaluator rounds policies with
-        self.seconds = seconds
+        self.median, self.spread = median, spread
 
     def __call__(self, policy: Policy) -> Outcome:
         """Return what comes of a policy."""
-        seconds = self.seconds()
+        rng = np.random.default_rng(derive(0, "seconds", policy.id))
+        seconds = float(self.median * rng.lognormal(0.0, self.spread))
         time.sleep(seconds)
         accuracy = 1 - float(np.mean([value**2 for value in policy.values()]))
         return Outcome(policy.id, (Measurement("short", accuracy, 0.01, 1 - accuracy, 0.01),), seconds)
@@ -148,9 +151,8 @@ def search(
     )
     run_agent(agent, env, seed=0)
     arm.drain()
-    grown = resident() - before
-    evaluator.close()
-    return stamps, grown
+    evaluator.leave()
+    return stamps, resident() - before
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
@@ -161,30 +163,27 @@ class Threads:
 
     def __init__(self, workers: int) -> None:
         self.at_once = 2 * workers
-        self.workers = workers
-        self.busy = 0.0
-        self.todo: queue.SimpleQueue[Policy | None] = queue.SimpleQueue()
+        self.todo: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self.done: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-
-    def start(self, pipeline: Runs) -> None:
-        """Start the threads."""
-        self.threads = [threading.Thread(target=self._work, args=(pipeline,)) for _ in range(self.workers)]
+        self.threads = [threading.Thread(target=self._work) for _ in range(workers)]
         for thread in self.threads:
             thread.start()
 
-    def _work(self, pipeline: Runs) -> None:
-        while (policy := self.todo.get()) is not None:
-            self.done.put(pipeline(policy))
+    def start(self, pipeline: Runs) -> None:
+        """Take the pipeline."""
+        self.pipeline = pipeline
 
-    def submit(self, policy: Policy) -> None:
-        """Put a policy in line."""
-        self.todo.put(policy)
+    def _work(self) -> None:
+        while (work := self.todo.get()) is not None:
+            self.done.put(self.pipeline(work))
+
+    def submit(self, work: Work) -> None:
+        """Put work in line."""
+        self.todo.put(work)
 
     def finished(self) -> Outcome:
         """Wait for one."""
-        outcome = self.done.get()
-        self.busy += outcome.seconds
-        return outcome
+        return self.done.get()
 
     def close(self) -> None:
         """Stop the threads."""
@@ -194,25 +193,77 @@ class Threads:
             thread.join()
 
 
+class Timed:
+    """Adds up how long evaluations took on an executor."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.at_once = executor.at_once
+        self.start, self.submit, self.close = executor.start, executor.submit, executor.close
+        self.executor = executor
+        self.busy = 0.0
+
+    def finished(self) -> Outcome:
+        """Wait for one."""
+        outcome = self.executor.finished()
+        self.busy += outcome.seconds
+        return outcome
+
+
+class Meeting:
+    """A pipeline that is done with a policy when so many are under way, each on a worker of its own."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        self.folder, self.workers = folder, workers
+
+    def __call__(self, policy: Policy) -> Outcome:
+        """Wait for the others."""
+        (self.folder / policy.id).touch()
+        while len(list(self.folder.iterdir())) < self.workers:
+            time.sleep(0.1)
+        return Outcome(policy.id, (), 0.0)
+
+
+def meet(executor: Executor, number: int) -> None:
+    """Wait until all workers are up."""
+    with tempfile.TemporaryDirectory() as folder:
+        executor.start(Meeting(Path(folder), number))
+        for index in range(number):
+            executor.submit(Policy({"conv1": index / number}))
+        for _ in range(number):
+            executor.finished()
+
+
+def on_ray(number: int) -> Executor:
+    """Return Ray workers on this machine, as if it had a core for each."""
+    from autoprune.evaluation.ray import RayExecutor
+
+    return RayExecutor(number, cpus=1)
+
+
 def workers(options: argparse.Namespace) -> None:
     """Print how busy workers are."""
     feasible = chain([16] * 9)
-    print("| agent | workers | candidates | busy |\n|---|---|---|---|")
-    for agent in (RandomAgent(), TPEAgent()):
-        for number in options.workers:
-            rng = np.random.default_rng(0)
-            lock = threading.Lock()
-
-            def drawn(rng: np.random.Generator = rng, lock: Any = lock) -> float:
-                with lock:
-                    return float(options.seconds * rng.lognormal(0.0, options.spread))
-
-            executor = Threads(number)
-            count = options.each * number
-            started = time.perf_counter()
-            search(feasible, Formula(feasible, drawn), agent, count, None, executor)
-            share = executor.busy / (number * (time.perf_counter() - started))
-            print(f"| {type(agent).__name__} | {number} | {count} | {share:.0%} |", flush=True)
+    pipeline = Formula(feasible, options.seconds, options.spread)
+    kinds: tuple[tuple[str, Callable[[int], Executor], list[int]], ...] = (
+        ("threads", Threads, options.workers),
+        ("Ray", on_ray, options.ray),
+    )
+    print("| workers | | all up after | agent | candidates | busy |\n|---|---|---|---|---|---|")
+    for kind, make, numbers in kinds:
+        for number in numbers:
+            executor = make(number)
+            try:
+                up, _ = timed(functools.partial(meet, executor, number))
+                for agent in (RandomAgent(), TPEAgent()):
+                    watched, count = Timed(executor), options.each * number
+                    took, _ = timed(functools.partial(search, feasible, pipeline, agent, count, None, watched))
+                    share = watched.busy / (number * took)
+                    told = [number, kind, readable(up), type(agent).__name__, count, f"{share:.0%}"]
+                    print(f"| {' | '.join(map(str, told))} |", flush=True)
+            finally:
+                executor.close()
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -232,17 +283,18 @@ def readable(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("groups", "candidates", "workers"))
     parser.add_argument("--groups", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--most", type=int, default=10_000, help="candidates of the random agent")
     parser.add_argument("--most-tpe", type=int, default=1000, help="candidates of Optuna's samplers")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 8, 64])
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 8, 64], help="threads")
+    parser.add_argument("--ray", type=int, nargs="*", default=[1, 2], help="Ray workers, of some 0.4 GB each")
     parser.add_argument("--each", type=int, default=20, help="evaluations of a worker")
     parser.add_argument("--seconds", type=float, default=2.0, help="median of an evaluation")
     parser.add_argument("--spread", type=float, default=0.3, help="standard deviation of its logarithm")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

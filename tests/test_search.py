@@ -672,6 +672,32 @@ def test_the_best_are_fine_tuned_after_the_search_and_the_pick_is_one_of_them(
     assert final.candidate.id == behind.candidate.id
 
 
+class Kept(OutOfTurn):
+    """Counts its pipelines, and how often it was closed."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.pipelines: list[Runs] = []
+        self.closed = 0
+
+    def start(self, pipeline: Runs) -> None:
+        super().start(pipeline)
+        self.pipelines.append(pipeline)
+
+    def close(self) -> None:
+        super().close()
+        self.closed += 1
+
+
+@pytest.mark.parametrize("settings", [LADDER, LADDER | {"candidates": 24, "promote": "auto"}])
+def test_all_rungs_share_one_executor(settings: dict[str, Any], tmp_path: Path, light: None) -> None:
+    """It takes a pipeline a rung, and is closed once, in the end: its workers need not start again."""
+    kept = Kept()
+    result = run(tmp_path / "run", executor=kept, **settings)
+    assert len(kept.pipelines) >= len(result.summary["rungs"]) >= 2
+    assert kept.closed == 1
+
+
 def test_finalists_that_all_diverge_leave_the_pick_to_the_search(
     tmp_path: Path, light: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,8 +91,14 @@ class Evaluator:
         """Stop the executor and drop what is under way; what is evaluated afterwards is so in this process."""
         if self._started:
             self.executor.close()
-        self._started = False
         self._pending.clear()
+        self.leave()
+
+    def leave(self) -> None:
+        """Leave the executor to another evaluator, as it is; what is evaluated afterwards is so in this process."""
+        if self._pending:
+            raise RuntimeError("evaluations are under way")
+        self._started = False
         self.executor = InProcess()
 
     def submit(self, policy: Policy, *, arm: str, agent: str) -> Result:

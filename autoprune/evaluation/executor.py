@@ -49,7 +49,10 @@ class Executor(Protocol):
         ...
 
     def start(self, pipeline: Runs) -> None:
-        """Make ready to run a pipeline; called before anything is submitted, and again after `close`."""
+        """Make ready to run a pipeline; called before anything is submitted, and again after `close`.
+
+        Also called with another pipeline, on the same device, while nothing is under way: what is up may stay so.
+        """
         ...
 
     def submit(self, work: Work) -> None:

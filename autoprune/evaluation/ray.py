@@ -1,7 +1,8 @@
 """Evaluations on the processes of a Ray cluster, of this machine or of many. The one file that imports ray.
 
 A worker is an actor that holds the pipeline, which is put once into the object store. One that dies, with its machine
-or alone, is replaced by another, wherever there is room, and its work is done again by whoever is free.
+or alone, is replaced by another, wherever there is room, and its work is done again by whoever is free. Workers that
+are up take another pipeline, so that each rung of a ladder need not start its own.
 """
 
 import logging
@@ -67,8 +68,8 @@ class RayExecutor:
         workers: How many.
         address: Of a running cluster, as in `ray.init`: "auto", or HOST:PORT. Without it, one is started on this
             machine, and stopped afterwards. Machines of a cluster need autoprune installed.
-        cpus: Cores, and threads, of a worker. None: an equal share of this machine's where the cluster is started here,
-            else 1.
+        cpus: Cores of a worker, and threads that torch has there. None: an equal share of this machine's where the
+            cluster is started here, else 1.
         gpus: Of a worker; may be a fraction. None: 1 if the network is on a GPU, else 0.
         patience: Seconds to wait for a first worker.
 
@@ -108,7 +109,7 @@ class RayExecutor:
         self._attempts = Counter[str]()
 
     def start(self, pipeline: Runs) -> None:
-        """Connect to the cluster, or start one, and begin to start workers.
+        """Connect to the cluster, or start one, and begin to start workers; those that are up take the pipeline.
 
         Raises:
             ExecutorError: There is no cluster at the address, or the task can't be sent.
@@ -125,7 +126,8 @@ class RayExecutor:
             self._pipeline = ray.put(pipeline)
         except TypeError as error:
             raise ExecutorError(f"the task can't be sent to workers: {str(error).splitlines()[0]}") from error
-        for _ in range(self.workers):
+        self._attempts.clear()  # another pipeline's policies may be the same
+        for _ in range(self.workers - len(self._idle) - len(self._starting)):
             self._launch()
 
     def submit(self, work: Work) -> None:
@@ -182,7 +184,7 @@ class RayExecutor:
                 socket.create_connection((host.rpartition("/")[2], int(port)), _ANSWER).close()  # ray waits for minutes
             with _signals_kept(), chdir(os.sep):  # workers would import what lies in the working directory
                 ray.init(self._address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # a bare one of Ray's, too, where a busy machine takes too long to start it
             said = str(error).splitlines()[0]
             raise ExecutorError(f"there is no Ray cluster at {self._address or 'this machine'}: {said}") from error
         self._owns_cluster = True
@@ -210,7 +212,7 @@ class RayExecutor:
             worker = self._idle.pop()
             if self._lives(worker):  # else its death would count against the work
                 work = self._waiting.popleft()
-                self._running[worker.run.remote(work)] = _Run(worker, work)
+                self._running[worker.run.remote([self._pipeline], work)] = _Run(worker, work)
             else:
                 self._replace(worker)
 
@@ -246,23 +248,31 @@ class RayExecutor:
 
 
 class _Worker:
-    """Holds a pipeline in a process of its own."""
+    """Holds a pipeline in a process of its own; `stored` is its reference, in a list, where Ray leaves it as it is."""
 
     def __init__(self, stored: Sequence[Any], threads: int, folder: str) -> None:
         if Path(folder).is_dir():
             os.chdir(folder)  # the search's, which paths may be relative to
         torch.set_num_threads(threads)
-        self._pipeline: Runs = ray.get(stored[0])
+        self._hold(stored)
+
+    def _hold(self, stored: Sequence[Any]) -> None:
+        self._pipeline: Any = None  # so that no two need room
+        self._pipeline = ray.get(stored[0])
+        self._stored = stored
 
     def ready(self) -> None:
         """Return when the pipeline is there."""
 
-    def run(self, work: Work) -> "Outcome | _Raised":
+    def run(self, stored: Sequence[Any], work: Work) -> "Outcome | _Raised":
         """Run the pipeline; what it raises is returned, since not every exception survives being raised elsewhere."""
+        if stored != self._stored:
+            self._hold(stored)
         try:
-            return self._pipeline(work)
+            outcome: Outcome = self._pipeline(work)
         except Exception as error:  # it is raised where the search is
             return _Raised.of(error)
+        return outcome
 
 
 _ACTOR: Final[Any] = ray.remote(max_restarts=0, max_task_retries=0)(_Worker)

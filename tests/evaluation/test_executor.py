@@ -196,6 +196,21 @@ def test_a_closed_evaluator_goes_on_in_this_process(make: Callable[[Executor | N
     assert evaluator.evaluate(policies(1)[0], arm="search", agent="a").number == 1  # number 0 was dropped
 
 
+def test_an_executor_is_left_to_another_evaluator_when_nothing_is_under_way(
+    make: Callable[[Executor | None], Evaluator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = Shuffled(4, 0)
+    monkeypatch.setattr(executor, "close", lambda: pytest.fail("it was closed"))
+    evaluator = make(executor)
+    result = evaluator.submit(policies(1)[0], arm="search", agent="a")
+    with pytest.raises(RuntimeError, match="evaluations are under way"):
+        evaluator.leave()
+    result()
+    evaluator.leave()
+    assert isinstance(evaluator.executor, InProcess)
+    assert evaluator.evaluate(policies(2)[1], arm="search", agent="a").number == 1
+
+
 class Interrupted(Shuffled):
     """Is interrupted once."""
 
