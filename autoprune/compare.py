@@ -93,7 +93,8 @@ def compare(
     Args:
         task: Network, data and measures.
         out: The folder; made if it is not there.
-        agents: Names, or agents, or a name for each agent. Uniform and random are always among them.
+        agents: Names, also with settings, as in `"tpe:warm_start=false"`, or agents, or a name for each agent. Uniform
+            and random are always among them.
         seeds: How many; agents draw from the seeds 0, 1, …, while the task's own seed, `seed`, is the same for all:
             what becomes of a policy does not depend on who proposes it.
         finalize: Epochs of full fine-tuning that each agent's pick gets, after which the test set is read, once, for
@@ -316,15 +317,15 @@ def _contestants(agents: Sequence[Any] | Mapping[str, Any], *, race: bool) -> di
 
 
 def _made(agent: Any) -> Any:
-    return registry.resolve("agent", agent)() if isinstance(agent, str) else agent
+    return registry.make("agent", agent) if isinstance(agent, str) else agent
 
 
 def _name_of(agent: Any) -> str:
-    return agent if isinstance(agent, str) else type(agent).__name__
+    return registry.spelt("agent", agent) if isinstance(agent, str) else type(agent).__name__
 
 
 def _folder_name(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", name)
+    return re.sub(r"[^\w.+=-]+", "-", name)
 
 
 # -- searches -------------------------------------------------------------------------------------------------------
