@@ -179,9 +179,11 @@ def test_each_policy_is_evaluated_once_and_every_agent_charged_for_its_own(
 
 
 def test_what_is_the_same_for_all_is_measured_once(done: tuple[Path, Counting, Comparison]) -> None:
-    out, counting, _ = done
+    out, counting, result = done
     probes = [number for name, number in counting.evaluated.items() if name.startswith("probe")]
     assert probes == [1, 1]  # two groups at one sparsity
+    assert result.document["shared_by_all"] == {"sensitivity_cells": 2, "file": "sensitivity.json"}
+    assert json.loads((out / "compare.json").read_text())["shared_by_all"] == result.document["shared_by_all"]
     for name in ("sensitivity.json", "precision.json", "moments.safetensors"):
         assert len({(out / agent / str(seed) / name).read_bytes() for agent in AGENTS for seed in range(2)}) == 1
 
@@ -456,7 +458,8 @@ def test_another_comparison_does_not_get_the_folder(done: tuple[Path, Counting, 
 
 
 def test_without_an_analysis_neither(tmp_path: Path) -> None:
-    run(tmp_path / "out", agents=[], seeds=1, sensitivity=())
+    result = run(tmp_path / "out", agents=[], seeds=1, sensitivity=())
+    assert result.document["shared_by_all"] == {"sensitivity_cells": 0, "file": None}
     with pytest.raises(RunError, match="its seed is 0, not 1"):
         run(tmp_path / "out", agents=[], seeds=1, sensitivity=(), seed=1)
 
