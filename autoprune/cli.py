@@ -58,6 +58,10 @@ app = typer.Typer(
 _out = Console(markup=False, highlight=False)
 _err = Console(stderr=True, markup=False, highlight=False)
 _INTERRUPTED = 130  # what typer exits with at Ctrl-C
+_SETTINGS = (
+    "A name may bring settings, such as tpe:warm_start=false (what the analyzer suggests is not tried first) or "
+    "evolution:survivors=2:offspring=8; a wrong one is answered with those that the agent has."
+)
 
 # -- options that several commands share --------------------------------------------------------------------------
 
@@ -328,14 +332,13 @@ def search(
             "-error*log(cost): accuracy (of the MACs), accuracy-params."
         ),
     ] = "resource",
-    agent: Annotated[str, typer.Option(help=f"What proposes policies: {', '.join(registry.names('agent'))}.")] = "tpe",
-    warm_start: Annotated[
-        bool,
+    agent: Annotated[
+        str,
         typer.Option(
-            "--warm-start/--no-warm-start",
-            help="Whether an agent that searches tries what the analyzer suggests first.",
+            metavar="NAME",
+            help=f"What proposes policies: {', '.join(registry.names('agent'))}. {_SETTINGS}",
         ),
-    ] = True,
+    ] = "tpe",
     storage: Annotated[
         str | None,
         typer.Option(
@@ -426,8 +429,7 @@ def search(
         "seed": seed,
     }
     options = SearchSettings.of({**settings, "agent": agent})  # refuses what is wrong before anything is loaded
-    given: dict[str, Any] = {"warm_start": None if warm_start else False, "storage": storage, "study": study}
-    agent_settings = {name: value for name, value in given.items() if value is not None}
+    agent_settings = {key: value for key, value in {"storage": storage, "study": study}.items() if value is not None}
     registry.make("agent", agent, agent_settings)
     source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)
     with watching(quiet) as progress:
@@ -444,15 +446,19 @@ def search(
 
 
 @app.command(
-    epilog="Example: `autoprune compare --agents tpe,analytic --seeds 3 --candidates 20 --budget 'macs<=15%' "
-    "--out runs/compare`"
+    epilog="Example: `autoprune compare --agents tpe,tpe:warm_start=false --seeds 3 --candidates 20 "
+    "--budget 'macs<=15%' --out runs/compare`"
 )
 def compare(
     out: Annotated[Path, typer.Option(help="The folder; a comparison that was stopped goes on in it.")],
     budget: Annotated[str, typer.Option(help="Upper limits within which every agent picks, such as 'macs<=50%'.")],
     agents: Annotated[
         str,
-        typer.Option(help=f"Some of {', '.join(registry.names('agent'))}; uniform and random are always among them."),
+        typer.Option(
+            metavar="NAMES",
+            help=f"Some of {', '.join(registry.names('agent'))}; uniform and random are always among them. {_SETTINGS} "
+            "Agents that differ in settings alone can be compared.",
+        ),
     ] = "tpe",
     seeds: Annotated[int, typer.Option(help="Searches of each agent, with the agent's seeds 0, 1, ...")] = 5,
     finalize: Annotated[
@@ -532,7 +538,7 @@ def compare(
     }
     SearchSettings.of(settings)  # refuses what is wrong before anything is loaded
     for agent in _names(agents):
-        registry.resolve("agent", agent)
+        registry.make("agent", agent)
     source = _source(task, model, data_name, data_root, weights, download, val_fraction, split_seed)
     with watching(quiet) as progress:
         result = autoprune.compare(
@@ -970,6 +976,8 @@ def _print_comparison(result: Comparison) -> None:
     tuned = Table("", "fine-tuned, %", "test, %", box=None, pad_edge=False)
     for column in (*table.columns[1:], *tuned.columns[1:]):
         column.justify = "right"
+    for one in (table, tuned):
+        one.columns[0].no_wrap = True  # names that bring settings are long
     for row in rows:
         table.add_row(
             row["agent"],

@@ -1,9 +1,10 @@
 """The comparison: several agents on one task, each with the same number of evaluations, over several seeds.
 
 Every agent and seed is an ordinary search in a folder of its own. What is the same for all is measured once: groups one
-by one, moments, the precision, and each policy that more than one search asks for; every search is charged for it. The
-searches run one after another and share one executor, whose workers evaluate candidates of one search at a time; or
-several run together, once the first has left what all share, each in a process that evaluates its own.
+by one, moments, the precision, which count as nobody's evaluations; and each policy that more than one search asks for,
+which counts for every one of them. The searches run one after another and share one executor, whose workers evaluate
+candidates of one search at a time; or several run together, once the first has left what all share, each in a process
+that evaluates its own.
 """
 
 import copy
@@ -33,6 +34,7 @@ from autoprune.progress import Progress, Silent
 from autoprune.result import measured, open_run, record_of, render
 from autoprune.run import FORMAT, RunFolder, write_json
 from autoprune.search import identity_of, search, versions
+from autoprune.sensitivity import SensitivityReport
 from autoprune.settings import SearchSettings
 from autoprune.standings import RANDOM, Standings, Trace, standings
 from autoprune.task import Task
@@ -93,7 +95,8 @@ def compare(
     Args:
         task: Network, data and measures.
         out: The folder; made if it is not there.
-        agents: Names, or agents, or a name for each agent. Uniform and random are always among them.
+        agents: Names, also with settings, as in `"tpe:warm_start=false"`, or agents, or a name for each agent. Uniform
+            and random are always among them.
         seeds: How many; agents draw from the seeds 0, 1, …, while the task's own seed, `seed`, is the same for all:
             what becomes of a policy does not depend on who proposes it.
         finalize: Epochs of full fine-tuning that each agent's pick gets, after which the test set is read, once, for
@@ -316,15 +319,15 @@ def _contestants(agents: Sequence[Any] | Mapping[str, Any], *, race: bool) -> di
 
 
 def _made(agent: Any) -> Any:
-    return registry.resolve("agent", agent)() if isinstance(agent, str) else agent
+    return registry.make("agent", agent) if isinstance(agent, str) else agent
 
 
 def _name_of(agent: Any) -> str:
-    return agent if isinstance(agent, str) else type(agent).__name__
+    return registry.spelt("agent", agent) if isinstance(agent, str) else type(agent).__name__
 
 
 def _folder_name(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", name)
+    return re.sub(r"[^\w.+=-]+", "-", name)
 
 
 # -- searches -------------------------------------------------------------------------------------------------------
@@ -598,12 +601,21 @@ def _concluded(
         "dense": {key: dense[key] for key in ("accuracy", "accuracy_se", "macs", "params")},
         "fidelity": ", ".join(sorted(fidelities)),
         "evaluated": len({one.id for run in runs for one in run.proposed}),
+        "shared_by_all": _shared_by_all(folder, options),
         "finalized": _recipe(runs),
         "versions": versions(),
     }
     write_json(folder.path / "compare.json", document)
     write_comparison(folder.path)
     return Comparison(folder.path, found, document)
+
+
+def _shared_by_all(folder: RunFolder, options: SearchSettings) -> dict[str, Any]:
+    """Return what was measured before any agent proposed anything, and is in no agent's count."""
+    if not options.sensitivity:
+        return {"sensitivity_cells": 0, "file": None}
+    groups = SensitivityReport.load(folder.sensitivity).groups
+    return {"sensitivity_cells": sum(len(group.cells) for group in groups), "file": folder.sensitivity.name}
 
 
 def _finals(runs: Sequence[_Run], agents: Sequence[str], split: str) -> dict[str, list[float]] | None:

@@ -67,7 +67,7 @@ class UnknownNameError(ConfigError, LookupError):
         names = sorted(known)
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-        super().__init__(f"no {family} '{name}'.{hint} Known: {', '.join(names)}")
+        super().__init__(f"no {family} '{name}'.{hint} Known: {', '.join(names) or 'none'}")
 
 
 class PolicyError(ConfigError):

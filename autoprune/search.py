@@ -93,8 +93,9 @@ def search(
     Args:
         task: Network, data and measures.
         out: The run folder; made if it is not there.
-        agent: An agent's name, or an agent (see `autoprune.agents`).
-        agent_settings: What a named agent is made with, for example `{"warm_start": False}`.
+        agent: An agent's name, also with settings, as in `"tpe:warm_start=false"`, or an agent (see
+            `autoprune.agents`).
+        agent_settings: What else a named agent is made with, whatever a name can't hold: `{"hidden": (64, 64)}`.
         tracker: Where candidates are logged; MLflow's own store by default.
         progress: Who watches.
         source: How the command line made the task, kept in `config.json` so that it can make it again.
@@ -117,7 +118,7 @@ def search(
         TaskError: The dense network's accuracy is 0.
         ExecutorError: No worker can be had.
     """
-    name = agent if isinstance(agent, str) else type(agent).__name__
+    name = registry.spelt("agent", agent) if isinstance(agent, str) else type(agent).__name__
     options = SearchSettings.of({**settings, "agent": name})
     if agent_settings and not isinstance(agent, str):
         raise ConfigError("`agent_settings` are for an agent that is named; make yours with them")

@@ -27,7 +27,7 @@ class SearchSettings:
         max_drop: Largest tolerated loss of accuracy; without a budget the search looks for the cheapest network in it.
         protocol: What an agent with one objective raises (see `autoprune.rewards`): "resource", the accuracy within the
             budget; "accuracy" or "accuracy-params", AMC's accuracy-guaranteed reward, for which no budget is needed.
-        agent: Name of what proposes policies.
+        agent: Name of what proposes policies, with the settings that it brings.
         space: Name of the search space.
         candidates: Distinct policies that the agent may have evaluated.
         control: Random policies evaluated beside them as a control; None means a tenth of the candidates.

@@ -5,7 +5,7 @@ is that of agents' seeds: task and validation split are one and the same for all
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -169,6 +169,7 @@ class Standings:
         table: The agents, the highest mean accuracy first.
         curves: Agent → "accuracy" and "hypervolume" → the best so far after 1, 2, … evaluations, over seeds.
         picked: Differences of the picked accuracy; None where random is not among the agents.
+        dominated: Of the hypervolume, likewise.
         tested: Differences on the test split, where it was read.
         words: What can and can't be concluded.
     """
@@ -178,6 +179,7 @@ class Standings:
     table: tuple[Standing, ...]
     curves: Mapping[str, Mapping[str, tuple[Interval, ...]]]
     picked: Contrasts | None
+    dominated: Contrasts | None
     tested: Contrasts | None
     words: tuple[str, ...]
 
@@ -189,7 +191,11 @@ class Standings:
             "table": [standing.to_dict() for standing in self.table],
             "differences": {
                 name: None if found is None else found.to_dict()
-                for name, found in (("picked", self.picked), ("test", self.tested))
+                for name, found in (
+                    ("picked", self.picked),
+                    ("hypervolume", self.dominated),
+                    ("test", self.tested),
+                )
             },
             "words": list(self.words),
             "curves": {
@@ -316,9 +322,11 @@ def standings(
         )
     table.sort(key=lambda standing: (-t_interval(standing.accuracies).mean, standing.agent))
     picked = _contrasts({standing.agent: standing.accuracies for standing in table}, samples[0])
+    # an area over at most the whole cost: of accuracies that are rounded, it is known at least as well as they are
+    dominated = _contrasts({standing.agent: standing.hypervolumes for standing in table}, samples[0])
     tested = None if tests is None else _contrasts({s.agent: s.tests for s in table if s.tests is not None}, samples[1])
-    words = _words(table, picked, tested, evaluations)
-    return Standings(evaluations, counts.pop(), tuple(table), curves, picked, tested, tuple(words))
+    words = _words(table, picked, dominated, tested, evaluations)
+    return Standings(evaluations, counts.pop(), tuple(table), curves, picked, dominated, tested, tuple(words))
 
 
 # -- courses --------------------------------------------------------------------------------------------------------
@@ -397,7 +405,11 @@ def _rounded(difference: float) -> float:
 
 
 def _words(
-    table: Sequence[Standing], picked: Contrasts | None, tested: Contrasts | None, evaluations: int
+    table: Sequence[Standing],
+    picked: Contrasts | None,
+    dominated: Contrasts | None,
+    tested: Contrasts | None,
+    evaluations: int,
 ) -> list[str]:
     lead = table[0]
     by = t_interval(lead.accuracies)
@@ -415,6 +427,8 @@ def _words(
         ]
         if picked is not None:
             words += _verdicts(picked, "picks")
+        if dominated is not None and dominated.to_random:
+            words.append(_of_volumes(dominated.to_random))
     if tested is not None:
         best = next(standing.tests for standing in table if standing.agent == tested.best)
         assert best is not None
@@ -450,6 +464,21 @@ def _verdicts(contrasts: Contrasts, verb: str) -> list[str]:
     return words
 
 
+def _of_volumes(to_random: Sequence[Difference]) -> str:
+    """Return in one sentence which hypervolumes are larger than random's, and which are smaller."""
+    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "can't be told apart": []}
+    for one in to_random:
+        side = ("ahead" if one.by.mean > 0 else "behind") if one.clear else "can't be told apart"
+        low, high = one.by.low or 0.0, one.by.high or 0.0
+        by = _signed(one.by.mean, plus="+", text=_volume)
+        groups[side].append(f"{one.agent} ({by}, {_signed(low, text=_volume)} to {_signed(high, text=_volume)})")
+    clauses = []
+    for side, agents in groups.items():
+        verb = "" if side.startswith("can't") else "is " if len(agents) == 1 else "are "
+        clauses += [f"{_listed(agents)} {verb}{side}"] if agents else []
+    return f"In hypervolume against {RANDOM}, {'; '.join(clauses)}."
+
+
 def _by(by: Interval) -> tuple[str, str]:
     """Return how much more or less, and the interval seen from that side."""
     size = _points(abs(by.mean))
@@ -478,8 +507,12 @@ def _points(difference: float) -> str:
     return f"{points:.1f}" if points == 0 or abs(points) >= 0.095 else f"{points:.2f}"
 
 
-def _signed(difference: float, plus: str = "") -> str:
-    text = _points(abs(difference))
-    if float(text) == 0:
-        return text
-    return f"{'−' if difference < 0 else plus}{text}"
+def _volume(difference: float) -> str:
+    return f"{difference:.3f}"
+
+
+def _signed(difference: float, plus: str = "", text: Callable[[float], str] = _points) -> str:
+    size = text(abs(difference))
+    if float(size) == 0:
+        return size
+    return f"{'−' if difference < 0 else plus}{size}"

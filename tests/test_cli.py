@@ -151,20 +151,22 @@ def test_agents_are_compared(
         monkeypatch.setattr(importlib.import_module(f"autoprune.{name}"), "render", lambda folder: folder.report)
     monkeypatch.setattr(export, "_save_program", lambda *_: None)
     out = folder / "compared"
-    command = ["compare", "--agents", "analytic", "--seeds", "2", "--candidates", "2", "--control", "1"]
+    cold = "tpe:startup=2:warm_start=false"
+    command = ["compare", "--agents", f"tpe,{cold}", "--seeds", "2", "--candidates", "2", "--control", "1"]
     command += ["--budget", "macs<=40%", "--sensitivity", "", "--calibration-images", "200", "--weights", str(weights)]
     assert run(*command, "--out", str(out), "--json") == 0
     captured = capsys.readouterr()
     printed = json.loads(captured.out.splitlines()[-1])
     assert set(printed) == {"evaluations", "seeds", "evaluated", "dense", "table", "differences", "words", "out"}
-    assert {row["agent"] for row in printed["table"]} == {"analytic", "uniform", "random"}
+    assert {row["agent"] for row in printed["table"]} == {"tpe", cold, "uniform", "random"}
+    assert re.search(rf"^{cold} +\d", captured.out, re.MULTILINE)
     assert printed["words"][0] in captured.out
     assert f"page: {out / 'compare.html'}" in captured.out
     assert (out / "compare.html").stat().st_size > 1_000_000  # plotly is inside
     (out / "compare.html").unlink()
     assert run("report", str(out)) == 0
     assert (out / "compare.html").exists()
-    assert run("pick", str(out / "analytic" / "0"), "--budget", "macs<=40%") == 0  # each search stands by itself
+    assert run("pick", str(out / "tpe" / "0"), "--budget", "macs<=40%") == 0  # each search stands by itself
     capsys.readouterr()
     assert run(*command, "--out", str(out), "--json") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == printed
@@ -174,6 +176,10 @@ def test_agents_are_compared(
     ("more", "said"),
     [
         (["--agents", "tpee"], "Did you mean 'tpe'"),
+        (
+            ["--agents", "tpe,evolution:survivor=2:offspring=8"],
+            "Did you mean 'survivors'? Known: offspring, step, surv",
+        ),
         (["--seeds", "0"], "`seeds >= 1`"),
         (["--finalize", "0"], "finalize"),
         (["--parallel", "2", "--workers", "2"], "either searches run together, or candidates"),
@@ -315,9 +321,14 @@ WRONG = {
     "bounds": (["--bounds", "nothing.toml"], "nothing.toml"),
     "no aim": (["--max-drop", "1.5"], "0.01 is one point"),
     "setting of another agent": (
-        ["--agent", "random", "--no-warm-start"],
+        ["--agent", "random:warm_start=false"],
         "no setting of the agent random 'warm_start'",
     ),
+    "value of a setting": (
+        ["--agent", "tpe:warm_start=no"],
+        "settings of the agent tpe: startup, storage, study, warm_",
+    ),
+    "setting that can't be read": (["--agent", "tpe:warm_start"], "written as in evolution:survivors=2:offspring=8"),
     "storage alone": (["--storage", "sqlite:///trials.db"], "--study"),
 }
 
@@ -333,10 +344,10 @@ def test_an_optuna_agents_options_are_its_settings(
 
     monkeypatch.setattr(autoprune, "search", noted)
     url = f"sqlite:///{tmp_path / 'trials.db'}"
-    options = ["--no-warm-start", "--storage", url, "--study", "mine", "--weights", str(weights)]
+    options = ["--agent", "tpe:warm_start=false", "--storage", url, "--study", "mine", "--weights", str(weights)]
     run("search", "--budget", "macs<=50%", *options, *QUICK, "--out", str(tmp_path / "out"))
-    assert asked["agent"] == "tpe"
-    assert asked["agent_settings"] == {"warm_start": False, "storage": url, "study": "mine"}
+    assert asked["agent"] == "tpe:warm_start=false"
+    assert asked["agent_settings"] == {"storage": url, "study": "mine"}
 
 
 @pytest.mark.parametrize("case", WRONG)

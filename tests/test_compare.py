@@ -179,9 +179,11 @@ def test_each_policy_is_evaluated_once_and_every_agent_charged_for_its_own(
 
 
 def test_what_is_the_same_for_all_is_measured_once(done: tuple[Path, Counting, Comparison]) -> None:
-    out, counting, _ = done
+    out, counting, result = done
     probes = [number for name, number in counting.evaluated.items() if name.startswith("probe")]
     assert probes == [1, 1]  # two groups at one sparsity
+    assert result.document["shared_by_all"] == {"sensitivity_cells": 2, "file": "sensitivity.json"}
+    assert json.loads((out / "compare.json").read_text())["shared_by_all"] == result.document["shared_by_all"]
     for name in ("sensitivity.json", "precision.json", "moments.safetensors"):
         assert len({(out / agent / str(seed) / name).read_bytes() for agent in AGENTS for seed in range(2)}) == 1
 
@@ -293,6 +295,32 @@ def test_what_all_searches_say_is_said_once_and_steps_are_counted_on(tmp_path: P
     assert watcher.steps[-1] <= 12
 
 
+def test_agents_that_differ_in_settings_are_searches_of_their_own_and_go_on(tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", {"seeds": 1, "candidates": 2, "sensitivity": ()}
+    agents, cold = ["tpe", "tpe:warm_start=false:startup=3"], "tpe:startup=3:warm_start=false"  # the one spelling
+    with pytest.raises(KeyboardInterrupt):
+        run(out, agents=agents, executor=Counting(kill_at=5), **settings)
+    result = run(out, agents=agents, **settings)
+    assert {row.agent for row in result.standings.table} == {"tpe", cold, "uniform", "random"}
+    folders = {"tpe": out / "tpe" / "0", cold: out / "tpe-startup=3-warm_start=false" / "0"}
+    found = {agent: RunFolder(path) for agent, path in folders.items()}
+    configs = {agent: folder.read(folder.config) for agent, folder in found.items()}
+    assert [config["search"]["agent"] for config in configs.values()] == ["tpe", cold]
+    made = [(config["agent"]["startup"], config["agent"]["warm_start"]) for config in configs.values()]
+    assert made == [(None, True), (3, False)]
+    for agent, folder in found.items():
+        results = folder.read(folder.result)
+        assert results["agent"] == agent
+        assert agent in {candidate.agent for candidate in Ledger(folder.ledger)}
+    suggested, drawn = (folder.read(folder.result)["proposed"][0] for folder in found.values())
+    assert suggested != drawn
+    again = Counting()
+    run(out, agents=["tpe", " tpe : startup = 3 : warm_start = false"], executor=again, **settings)
+    assert not again.starts
+    with pytest.raises(RunError, match="holds a search of"):
+        run(out, agents={"tpe": "tpe:warm_start=false"}, **settings)
+
+
 # -- together ---------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +423,9 @@ def test_what_a_search_raises_in_its_process_is_raised_here_and_others_go_on(tmp
         ({"agent_seed": 1}, "give `agents` and `seeds`"),
         ({"agents": "tpe"}, "must be a list"),
         ({"agents": ["tpe", "tpe"]}, "given twice"),
+        ({"agents": ["evolution:step=1:survivors=2", "evolution:survivors=2:step=1"]}, "given twice"),
+        ({"agents": ["tpe:warm_start=no"]}, "must be bool.*settings of the agent tpe: startup, storage"),
+        ({"agents": {"mine": "tpe:warm=false"}}, "no setting of the agent tpe 'warm'.*Known: startup, storage"),
         ({"agents": [Fixed(), Fixed(0.1)]}, "give each a name of its own"),
         ({"agents": {"a b": "tpe", "a-b": "tpe"}}, "given twice"),
         ({"agents": [TPEAgent]}, "an agent is a name or an object"),
@@ -427,7 +458,8 @@ def test_another_comparison_does_not_get_the_folder(done: tuple[Path, Counting, 
 
 
 def test_without_an_analysis_neither(tmp_path: Path) -> None:
-    run(tmp_path / "out", agents=[], seeds=1, sensitivity=())
+    result = run(tmp_path / "out", agents=[], seeds=1, sensitivity=())
+    assert result.document["shared_by_all"] == {"sensitivity_cells": 0, "file": None}
     with pytest.raises(RunError, match="its seed is 0, not 1"):
         run(tmp_path / "out", agents=[], seeds=1, sensitivity=(), seed=1)
 

@@ -626,6 +626,16 @@ def test_what_an_agent_is_made_with_is_part_of_the_search(tmp_path: Path, light:
         run(out, candidates=1, control=0, sensitivity=(), agent_settings=change)
 
 
+def test_so_is_what_its_name_brings_in_whatever_order(tmp_path: Path, light: None) -> None:
+    out, settings = tmp_path / "run", {"candidates": 1, "control": 0, "sensitivity": ()}
+    first = run(out, agent="tpe:warm_start=false:startup=3", **settings)
+    assert first.summary["agent"] == "tpe:startup=3:warm_start=false"
+    assert read(out / "config.json")["agent"]["startup"] == 3
+    assert run(out, agent="tpe:startup=3:warm_start=false", **settings).summary == first.summary
+    with pytest.raises(RunError, match="its agent is 'tpe:startup=3:warm_start=false', not 'tpe:warm_start=false'"):
+        run(out, agent="tpe:warm_start=false", **settings)
+
+
 def test_settings_that_the_agent_does_not_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="no setting of the agent random 'warm_start'"):
         run(tmp_path / "run", agent="random", agent_settings={"warm_start": False})

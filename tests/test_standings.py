@@ -178,7 +178,55 @@ def test_words_tell_what_is_clear_from_what_is_not() -> None:
         "amc (+0.03 points, −0.6 to 0.7) can't be told apart from random.",
         "amc picks 0.9 points less than evolution (0.2 to 1.6).",
         "uniform picks 5.9 points less than evolution (5.6 to 6.3).",
+        "In hypervolume against random, evolution (+0.005, 0.004 to 0.005) is ahead; uniform (−0.025, −0.026 to "
+        "−0.024) is behind; amc (0.000, −0.003 to 0.003) can't be told apart.",
     )
+
+
+def spending(macs: Mapping[str, Sequence[float]], samples: tuple[int, int] = (0, 0)) -> Standings:
+    """Return the standings of searches whose one policy is always as accurate, at other costs: 0.8 * (1 - macs)."""
+    traces = {agent: [trace(0.8, macs=each) for each in several] for agent, several in macs.items()}
+    return standings(traces, 1, DENSE, samples=samples)
+
+
+def test_hypervolumes_are_tested_too() -> None:
+    costs = {"random": [50.0] * 3, "thrifty": [25.0, 30.0, 35.0], "lavish": [75.0, 70.0, 65.0]}
+    found = spending(costs)
+    assert found.dominated is not None
+    thrifty, lavish = found.dominated.to_random
+    reach = 4.302653 * 0.04 / math.sqrt(3)  # t of 2 degrees of freedom at 97.5 %
+    assert thrifty.by == pytest.approx((0.16, 0.16 - reach, 0.16 + reach), rel=1e-6)
+    assert lavish.by == pytest.approx((-0.16, -0.16 - reach, -0.16 + reach), rel=1e-6)
+    p = 1 - math.sqrt(48 / 50)  # t = 4 sqrt(3) with 2 degrees of freedom
+    assert (thrifty.p, thrifty.corrected) == pytest.approx((p, 2 * p))
+    assert (lavish.p, lavish.corrected) == pytest.approx((p, 2 * p))
+    assert found.dominated.best == "thrifty"
+    assert [(one.agent, round(one.by.mean, 9)) for one in found.dominated.to_best] == [
+        ("random", -0.16),
+        ("lavish", -0.32),
+    ]
+    assert found.words[-1] == (
+        "In hypervolume against random, thrifty (+0.160, 0.061 to 0.259) is ahead; lavish (−0.160, −0.259 to −0.061) "
+        "is behind."
+    )
+    document = found.to_dict()["differences"]["hypervolume"]
+    assert [one["clear"] for one in document["to_random"]] == [True, True]
+    more = spending(costs | {"wavering": [40.0, 60.0, 50.0]})  # of three, Holm takes both back
+    assert more.dominated is not None
+    assert [one.corrected for one in more.dominated.to_random] == pytest.approx([3 * p, 1.0, 3 * p])
+    assert more.words[-1] == (
+        "In hypervolume against random, thrifty (+0.160, 0.061 to 0.259), wavering (0.000, −0.199 to 0.199) and lavish "
+        "(−0.160, −0.259 to −0.061) can't be told apart."
+    )
+
+
+def test_hypervolumes_of_equal_seeds_are_as_coarse_as_accuracies() -> None:
+    costs = {"random": [50.0] * 3, "tpe": [49.0] * 3, "amc": [49.5] * 3}
+    assert (
+        spending(costs).words[-1].endswith("tpe (+0.008, 0.008 to 0.008) and amc (+0.004, 0.004 to 0.004) are ahead.")
+    )
+    rounded = spending(costs, samples=(100, 100)).words[-1]  # 4.3 times 0.01 / sqrt(18) to either side
+    assert rounded.endswith("tpe (+0.008, −0.002 to 0.018) and amc (+0.004, −0.006 to 0.014) can't be told apart.")
 
 
 def test_several_that_cant_be_told_apart_are_one_sentence() -> None:
@@ -186,6 +234,8 @@ def test_several_that_cant_be_told_apart_are_one_sentence() -> None:
     assert found.words[1:] == (
         "amc (+0.3 points, −3.5 to 4.1) and tpe (+0.3 points, −5.4 to 6.1) can't be told apart from random.",
         "tpe (0.0 points, −2.5 to 2.5) can't be told apart from amc.",
+        "In hypervolume against random, amc (+0.002, −0.017 to 0.021) and tpe (+0.002, −0.027 to 0.030) can't be told "
+        "apart.",
     )
 
 

@@ -18,7 +18,7 @@ from autoprune.report.parts import (
     settings_section,
     write_page,
 )
-from autoprune.report.wording import measured, percent, quantity, signed
+from autoprune.report.wording import MINUS, measured, percent, quantity, signed
 
 __all__ = ["comparison_figures", "comparison_page", "write_comparison"]
 
@@ -70,8 +70,9 @@ def comparison_page(told: Mapping[str, Any], name: str) -> str:
             f"Hypervolume that the agent's policies dominate in accuracy and saved MACs, of at most 1; {several}. An "
             "agent that spends the whole budget on every policy can't gain by cheaper ones.",
         ),
-        _differences(told, "picked", "Differences of the picks", "picked validation accuracy"),
-        _differences(told, "test", "Differences on the test split", "test accuracy after full fine-tuning"),
+        _differences(told, "picked", "Differences of the picks", "In points of picked validation accuracy", signed),
+        _differences(told, "hypervolume", "Differences in hypervolume", "In hypervolume", _signed_volume),
+        _differences(told, "test", "Differences on the test split", "In points of fine-tuned test accuracy", signed),
         settings_section({"Task": told["task"], "Search": told["search"], "Versions": told["versions"]}),
     ]
     return document(f"{title} · agents compared · autoprune", sections, drawn)
@@ -183,11 +184,18 @@ def _words(told: Mapping[str, Any]) -> str:
         if told["seeds"] > 1
         else ""
     )
+    cells = told["shared_by_all"]["sensitivity_cells"]
+    before = (
+        f"{cells} sensitivity cell{' was' if cells == 1 else 's were'} measured before the searches, once for all "
+        f"agents ({escaped(told['shared_by_all']['file'])}), and count as no agent's evaluations."
+        if cells
+        else "No sensitivity was measured before the searches."
+    )
     return (
         f"<section><h2>What can be told</h2><p class='caption'>{noise}All searches share one task and one validation "
         f"split, on which the dense network ({quantity(dense['macs'])} MACs) has "
         f"{measured(dense['accuracy'], dense['accuracy_se'])}; that split's own noise is the same for all, and "
-        f"choosing on it flatters every pick.</p><ul class='words'>{said}</ul></section>"
+        f"choosing on it flatters every pick. {before}</p><ul class='words'>{said}</ul></section>"
     )
 
 
@@ -254,7 +262,12 @@ def _spread(interval: Mapping[str, Any], text: Callable[[float], str]) -> str:
     return f"{mean}<small>{text(interval['low'])} to {text(interval['high'])}</small>"
 
 
-def _differences(told: Mapping[str, Any], key: str, title: str, measure: str) -> str:
+def _signed_volume(difference: float) -> str:
+    text = f"{difference:+.3f}"
+    return "0.000" if float(text) == 0 else text.replace("-", MINUS)
+
+
+def _differences(told: Mapping[str, Any], key: str, title: str, measure: str, text: Callable[[float], str]) -> str:
     found = told["differences"][key]
     if not found:
         return ""
@@ -268,8 +281,8 @@ def _differences(told: Mapping[str, Any], key: str, title: str, measure: str) ->
                 [
                     escaped(one["agent"]),
                     escaped(one["other"]),
-                    signed(one["mean"]),
-                    f"{signed(one['low'])} to {signed(one['high'])}" if known else "",
+                    text(one["mean"]),
+                    f"{text(one['low'])} to {text(one['high'])}" if known else "",
                     f"{one['p']:.3f}" if known else "",
                     f"{one['p_holm']:.3f}" if known else "",
                     ("more than noise" if one["clear"] else "within the noise") if known else "not known",
@@ -277,9 +290,9 @@ def _differences(told: Mapping[str, Any], key: str, title: str, measure: str) ->
             )
         )
     best = f", and against {escaped(found['best'])}, the best here, which is found out by these same numbers"
-    headings = ["Agent", "Compared with", "Δ points", "95 % interval", "p", "p, Holm", "Verdict"]
+    headings = ["Agent", "Compared with", "Δ", "95 % interval", "p", "p, Holm", "Verdict"]
     return (
-        f"<section><h2>{title}</h2><p class='caption'>In points of {measure}, in pairs by seed; against "
+        f"<section><h2>{title}</h2><p class='caption'>{measure}, in pairs by seed; against "
         f"random{best if found['best'] != 'random' else ''}.</p>"
         f"{html_table(headings, rows, text_columns=(0, 1, 6))}</section>"
     )

@@ -134,23 +134,16 @@ print(json.dumps({{name: [policy.id for policy in policies] for name, policies i
         assert [policy.id for policy in policies] == there[name], name
 
 
-class _Stubborn(RandomSampler):
-    """Asks for one and the same point, whatever it is told."""
-
-    def sample_independent(self, study: object, trial: object, name: str, distribution: object) -> float:
-        return 0.5
-
-
 @pytest.mark.parametrize("make", [TPEAgent, UnivariateTPEAgent])
 def test_what_comes_again_gives_its_place_to_a_policy_near_to_it(
-    make: Callable[[], Agent], monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], Agent], stubborn: BaseSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studies: list[optuna.Study] = []
 
     whole = optuna.create_study
 
     def created(**settings: Any) -> optuna.Study:
-        studies.append(whole(**{**settings, "sampler": _Stubborn(seed=0)}))
+        studies.append(whole(**{**settings, "sampler": stubborn}))
         return studies[-1]
 
     monkeypatch.setattr(optuna, "create_study", created)
@@ -165,15 +158,15 @@ def test_what_comes_again_gives_its_place_to_a_policy_near_to_it(
 
 @pytest.mark.parametrize("make", [TPEAgent, UnivariateTPEAgent])
 def test_where_all_near_it_is_known_a_search_goes_on_from_random_points(
-    make: Callable[[], Agent], monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], Agent], stubborn: BaseSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("autoprune.agents.optuna.neighbour", lambda *_, **__: None)
-    monkeypatch.setattr("autoprune.agents.optuna.TPESampler", lambda **_: _Stubborn(seed=0))
+    monkeypatch.setattr("autoprune.agents.optuna.TPESampler", lambda **_: stubborn)
     assert len(proposed(make(), evaluations=6)) == 6
 
 
-def test_without_switches_a_search_ends_where_its_sampler_repeats_itself() -> None:
-    assert len(proposed(OptunaAgent(_Stubborn(seed=0)), evaluations=6)) == 1
+def test_without_switches_a_search_ends_where_its_sampler_repeats_itself(stubborn: BaseSampler) -> None:
+    assert len(proposed(OptunaAgent(stubborn), evaluations=6)) == 1
 
 
 # -- any sampler ------------------------------------------------------------------------------------------------------

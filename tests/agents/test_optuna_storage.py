@@ -286,17 +286,10 @@ def test_without_warm_starts_nothing_is_enqueued(storage: optuna.storages.BaseSt
     assert not {c.policy for c in evaluator.candidates} & set(env.warm_starts)
 
 
-class Stubborn(optuna.samplers.RandomSampler):
-    """Asks for one and the same point, whatever it is told."""
-
-    def sample_independent(self, study: object, trial: object, name: str, distribution: object) -> float:
-        return 0.5
-
-
 def test_what_comes_again_fails_and_searches_switch_to_policies_of_their_own(
-    storage: optuna.storages.BaseStorage, monkeypatch: pytest.MonkeyPatch
+    storage: optuna.storages.BaseStorage, stubborn: optuna.samplers.BaseSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoprune.agents.optuna.TPESampler", lambda **_: Stubborn(seed=0))
+    monkeypatch.setattr("autoprune.agents.optuna.TPESampler", lambda **_: stubborn)
     ids = []
     for name in ("run-1", "run-2"):
         env, evaluator = shared_env(name)

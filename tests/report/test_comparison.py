@@ -44,6 +44,7 @@ def told(seeds: int = 4, names: tuple[str, ...] = ("evolution", "tpe"), tests: b
         "dense": {"accuracy": 0.925, "accuracy_se": 0.004, "macs": 100, "params": 10},
         "fidelity": "reconstructed",
         "evaluated": 200,
+        "shared_by_all": {"sensitivity_cells": 27, "file": "sensitivity.json"},
         "finalized": {"epochs": 3, "lr": 0.05, "dense_test": {"accuracy": 0.92, "accuracy_se": 0.003}}
         if tests
         else None,
@@ -94,6 +95,22 @@ def test_words_tables_and_settings_are_there(tmp_path: Path) -> None:
     assert page.addresses == []
 
 
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (
+            27,
+            "27 sensitivity cells were measured before the searches, once for all agents (sensitivity.json), and count",
+        ),
+        (1, "1 sensitivity cell was measured before the searches, once for all agents (sensitivity.json), and count"),
+        (0, "No sensitivity was measured before the searches."),
+    ],
+)
+def test_what_all_agents_knew_before_is_told(tmp_path: Path, cells: int, said: str) -> None:
+    document = told() | {"shared_by_all": {"sensitivity_cells": cells, "file": "sensitivity.json" if cells else None}}
+    assert said in Text(written(tmp_path / "run", document)).text
+
+
 def test_without_a_test_split_nothing_is_said_of_it(tmp_path: Path) -> None:
     text = Text(written(tmp_path / "run", told(tests=False))).text
     assert "test split" not in text
@@ -107,6 +124,17 @@ def test_one_seed_has_no_intervals(tmp_path: Path) -> None:
     assert "not known" in text
     assert "paired t test" not in text
     assert [len(figure.data) for figure in comparison_figures(document).values()] == [4, 4]  # lines without bands
+
+
+def test_hypervolumes_have_differences_of_their_own(tmp_path: Path) -> None:
+    document = told()
+    text = Text(written(tmp_path / "run", document)).text
+    (row,) = (one for one in document["differences"]["hypervolume"]["to_random"] if one["agent"] == "evolution")
+    bounds = f"+{row['low']:.3f} to +{row['high']:.3f} {row['p']:.3f} {row['p_holm']:.3f} more than noise"
+    assert row["low"] > 0
+    section = text.split("Differences in hypervolume")[1].split("Differences on the test split")[0]
+    assert f"evolution random +{row['mean']:.3f} {bounds}" in section
+    assert "uniform random −0.0" in section
 
 
 def test_a_line_with_its_band_for_every_agent() -> None:
