@@ -40,7 +40,7 @@ from autoprune.errors import (
 )
 from autoprune.evaluation import Candidate, InProcess, Measurement, Outcome, Pipeline, Runs, Work, measure
 from autoprune.evaluation import Probe as CellProbe
-from autoprune.evaluation.ladder import best, sample
+from autoprune.evaluation.ladder import best, promotion, sample
 from autoprune.fidelity import FEWEST, kendall
 from autoprune.finaliser import PrunedNetwork
 from autoprune.finetuning import Recipe, recalibrate, train
@@ -652,7 +652,7 @@ def test_the_best_are_fine_tuned_after_the_search_and_the_pick_is_one_of_them(
     if agent == "tpe":
         assert min(c.at("recalibrated").accuracy for c in promoted) >= own[6].accuracy  # type: ignore[union-attr]
     else:
-        members = {c.id for c in front(own, {"accuracy": "max", "macs": "min"})}
+        members = {c.id for c in front(own)}  # of accuracy, MACs and parameters, as its agent has it
         assert members <= {c.id for c in promoted} or members >= {c.id for c in promoted}
     assert sum(c.arm == "random" for c in finalists) == 1
     assert finalists[0].arm == "uniform"
@@ -757,6 +757,15 @@ def test_who_is_promoted_is_learnt_from_some(tmp_path: Path, light: None) -> Non
     tried = sample(ranked)
     number = int(re.search(r"(\d+)% go on", said)[1]) * 24 // 100  # type: ignore[index]
     assert said.startswith(f"fine-tuned, {len(tried)} candidates rank as before with Kendall's tau ")
+    promoted = result.summary["promoted"]
+    assert [promoted[key] for key in ("known", "steps", "last", "last_steps", "candidates")] == [
+        *("recalibrated", 0, "short", 2, len(tried))
+    ]
+    tau, low, high = promoted["all"]
+    assert f"tau {tau:.2f} ({low:.2f} to {high:.2f}; of the better half {promoted['better'][0]:.2f}): " in said
+    assert promoted["relied_on"] == min(low, promoted["better"][0])
+    assert (promoted["share"], promoted["holds"]) == promotion(promoted["relied_on"], len(own))
+    assert said.endswith(f"{promoted['share']:.0%} go on")
     assert climbed >= {c.id for c in [*tried, *ranked[:number]]}
     assert len(climbed) <= len(tried) + number + 1
     assert result.summary["picked"]["fidelity"] == "short"
