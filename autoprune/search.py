@@ -309,8 +309,8 @@ class _Search:
             progress=lambda group, done, _: self.progress.step(done, group),
         )
         self.progress.end()
-        if self.prepared.bench.work:
-            self.progress.line(self.prepared.bench.work)
+        if report.work:
+            self.progress.line(report.work)
         return report
 
     def predict(self) -> Analytic | None:
