@@ -647,8 +647,8 @@ def sensitivity(
                     progress=lambda group, done, _: progress.step(done, group),
                 )
             progress.end()
-            if prepared.bench.work:
-                progress.line(prepared.bench.work)
+            if report.work:
+                progress.line(report.work)
     _print_sensitivity(report)
     _out.print(f"report: {out}")
     if as_json:

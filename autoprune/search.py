@@ -33,9 +33,10 @@ from autoprune.errors import (
     TaskError,
 )
 from autoprune.evaluation import TIME_LIMIT, Arm, Candidate, Evaluator, Executor, InProcess, Measurement
-from autoprune.evaluation.ladder import FEWEST_SAMPLED, HIGHEST, Rung, best, promoted_share, rungs, sample
-from autoprune.fidelity import agreements, kendall
+from autoprune.evaluation.ladder import FEWEST_SAMPLED, HIGHEST, Rung, best, promotion, rungs, sample
+from autoprune.fidelity import agreement, agreements
 from autoprune.finaliser import PrunedNetwork
+from autoprune.pareto import OBJECTIVES, Direction
 from autoprune.policy import Policy
 from autoprune.preparation import Prepared, evaluator_of, prepare
 from autoprune.progress import Progress, Silent
@@ -202,6 +203,7 @@ class _Search:
         self.best: list[float] = []  # values, as candidates came
         self.proposing = 0.0  # seconds that the agent took for itself
         self.predicted: Analytic | None = None
+        self.promoted: dict[str, Any] | None = None  # what share of the candidates, and why, where that was learnt
 
     def run(self, agent: Any) -> SearchResult:
         dense = self.measure_dense()
@@ -308,8 +310,8 @@ class _Search:
             progress=lambda group, done, _: self.progress.step(done, group),
         )
         self.progress.end()
-        if self.prepared.bench.work:
-            self.progress.line(self.prepared.bench.work)
+        if report.work:
+            self.progress.line(report.work)
         return report
 
     def predict(self) -> Analytic | None:
@@ -383,15 +385,15 @@ class _Search:
             of the agent's candidates is not among them.
         """
         evaluators = [self.evaluator]
-        value = None if self._trades(agent) else self._value(dense)
+        aim = self._aim(agent, dense)
         below = measured(self.evaluator.ledger)
         uniform = self.prepared.structure.rounded(self._uniform(1.0)).id
         ladder, tried = self._rungs(), list[Candidate]()
         if self.settings.promote == "auto":
-            ladder, tried = self._learn_whom_to_promote([c for c in below if c.arm == "search"], value)
+            ladder, tried = self._learn_whom_to_promote([c for c in below if c.arm == "search"], aim)
         for rung in ladder:
-            own = best([c for c in below if c.arm == "search"], rung.candidates, value)
-            controls = [c for c in below if c.id == uniform] + best([c for c in below if c.arm == "random"], 1, value)
+            own = best([c for c in below if c.arm == "search"], rung.candidates, aim)
+            controls = [c for c in below if c.id == uniform] + best([c for c in below if c.arm == "random"], 1, aim)
             evaluators[-1].leave()
             climbing = {c.id: c for c in [*controls, *own, *(tried if rung.level == 1 else ())]}
             evaluator, below = self._climb(rung, list(climbing.values()))
@@ -428,35 +430,38 @@ class _Search:
         return evaluator, found
 
     def _learn_whom_to_promote(
-        self, own: Sequence[Candidate], value: Callable[[Candidate], float] | None
+        self, own: Sequence[Candidate], aim: Reward | Mapping[str, Direction]
     ) -> tuple[tuple[Rung, ...], list[Candidate]]:
         """Fine-tune some candidates from the best to the worst, and return the ladder that how they rank asks for.
 
         Args:
             own: The agent's candidates.
-            value: What is to be raised; None where accuracy is traded for cost.
+            aim: What is to be raised, or the objectives that are traded for each other.
 
         Returns:
             The rungs, and the candidates that were tried, which have climbed to the first of them.
         """
         most = self._rungs()
-        ranked = best(own, len(own), value)
+        ranked = best(own, len(own), aim)
         tried = sample(ranked)
         if len(tried) < FEWEST_SAMPLED:
             return most, []
         evaluator, found = self._climb(most[0], tried)
         evaluator.leave()
-        places = {c.id: place for place, c in enumerate(best(found, len(found), value))}
-        both = [(place, places[c.id]) for place, c in enumerate(ranked) if c.id in places]
-        if len(both) < FEWEST_SAMPLED:
+        after = {c.id: c for c in found}
+        pairs = [(c, after[c.id]) for c in ranked if c.id in after]
+        if len(pairs) < FEWEST_SAMPLED:
             return most, tried
-        tau = kendall([before for before, _ in both], [after for _, after in both])
-        promoted = promoted_share(tau.value, len(own))
+        order = [c.id for c in best(found, len(found), aim)]
+        ranks = agreement(pairs, range(len(pairs), 0, -1), [-order.index(c.id) for c, _ in pairs])
+        share, holds = promotion(ranks.relied_on, len(own))
+        self.promoted = {**ranks.to_dict(), "relied_on": round(ranks.relied_on, 4), "share": share, "holds": holds}
         self.progress.line(
-            f"fine-tuned, {len(both)} candidates rank as before with Kendall's tau {tau.value:.2f} ({tau.low:.2f} to "
-            f"{tau.high:.2f}): {promoted:.0%} go on"
+            f"fine-tuned, {len(pairs)} candidates rank as before with Kendall's tau {ranks.all.value:.2f} "
+            f"({ranks.all.low:.2f} to {ranks.all.high:.2f}; of the better half {ranks.better.value:.2f}): "
+            f"{share:.0%} go on"
         )
-        return rungs(len(own), self.settings.finetune_steps, promoted), tried
+        return rungs(len(own), self.settings.finetune_steps, share), tried
 
     def _rungs(self) -> tuple[Rung, ...]:
         """Return the ladder, as high as it may be."""
@@ -467,6 +472,15 @@ class _Search:
         """Say whether accuracy is traded for cost, instead of making the best of the whole budget."""
         settings = self.settings
         return agent.objectives == "several" or settings.max_drop is not None or settings.protocol != "resource"
+
+    def _aim(self, agent: Any, dense: Measurement) -> Reward | Mapping[str, Direction]:
+        """Return by what candidates are promoted: what the agent raises, or what it trades for each other."""
+        if agent.objectives == "several":
+            return OBJECTIVES
+        if not self._trades(agent):
+            return self._value(dense)
+        cost = "params" if self.settings.max_drop is None and self.settings.protocol == "accuracy-params" else "macs"
+        return {"accuracy": "max", cost: "min"}
 
     def _search_deadline(self) -> float | None:
         """Return when the agent has to end: what is promoted needs time too."""
@@ -586,10 +600,8 @@ class _Search:
         if self.folder.sensitivity.exists():
             report = SensitivityReport.load(self.folder.sensitivity)
             known["sensitivity"] = [report.predicted_accuracy(c.removed) for c in own]
-        found = list(agreements(own, known))
-        for evaluator in evaluators[1:]:
-            found += agreements([c for c in measured(evaluator.ledger) if c.arm == "search"], {})
-        return [agreement.to_dict() for agreement in found]
+        above = ([c for c in measured(evaluator.ledger) if c.arm == "search"] for evaluator in evaluators[1:])
+        return [one.to_dict() for one in agreements([own, *above], known)]
 
     def conclude(
         self, arm: Arm, dense: Measurement, evaluators: Sequence[Evaluator]
@@ -630,6 +642,7 @@ class _Search:
             },
             "predicted": predicted(self.folder, chosen),
             "fidelity": self._fidelity(evaluators),
+            "promoted": self.promoted,
             "latency": self._latency(picked),
         }
         write_front(self.folder, evaluator)

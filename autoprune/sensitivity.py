@@ -1,7 +1,7 @@
 """The sensitivity analyzer: one group at a time, the others dense, and what its report is good for.
 
 A cell is one group at one sparsity, sliced and recovered as candidates are, but not fine-tuned. The report is an open
-JSON file, written after every cell; cells that are there are not measured again, so that a killed analysis goes on, a
+JSON file, written as cells come; cells that are there are not measured again, so that a killed analysis goes on, a
 finer grid costs its new cells only, and another budget costs nothing. Beside the cells it holds what moments predict.
 """
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, final
 
 import numpy as np
 import torch
@@ -38,7 +38,10 @@ SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 _FORMAT = 2
 
-_Probed = tuple[tuple[str, int], Measurement, float]  # group and elements removed, what it measures, error of its drop
+_WRITING = 0.01  # share of the time that may go into writing cells down as they come
+
+_Probed = tuple[tuple[str, int], Measurement, float, float | None]
+"""Group and elements removed, what that measures, the error of its drop, and the share of a whole pass that it took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,8 @@ class Cell:
         loss_se: Its standard error.
         drop_se: Standard error of the accuracy lost against the dense network, paired by sample.
         taylor_loss: The loss that first-order Taylor predicts, from one pass for all cells.
+        executed: Share of the multiply-adds of a whole pass of the dense network that ran for it (see `Workbench`), or
+            None. What it took, not what it is: it depends on which cells were measured before it, and where.
     """
 
     sparsity: float
@@ -64,6 +69,7 @@ class Cell:
     loss_se: float
     drop_se: float
     taylor_loss: float
+    executed: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +146,21 @@ class SensitivityReport:
 
     def __getitem__(self, group: str) -> GroupSensitivity:
         return self._rows[group]
+
+    @property
+    def executed(self) -> float | None:
+        """Multiply-adds that ran for the cells, as a share of those of as many whole passes; None if not known."""
+        known = [c.executed for group in self.groups for c in group.cells if c.executed is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def work(self) -> str:
+        """What was spared, in words; empty where nothing was."""
+        if self.executed is None or self.executed >= 1:
+            return ""
+        cells = sum(len(group.cells) for group in self.groups)
+        spared = f"{self.executed:.0%} of the multiply-adds of as many whole passes"
+        return f"{cells} cells took {spared}: what runs before a group was kept"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object."""
@@ -280,7 +301,10 @@ def analyse(
     workers: Executor | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> SensitivityReport:
-    """Measure every offered group at every sparsity, and keep the file whole after every cell.
+    """Measure every offered group at every sparsity, and keep the file whole.
+
+    It is written after a cell, unless that took more than a hundredth of the time of late, and whatever ends the
+    analysis; only a process that is killed outright can lose the cells of a hundred times what a write takes.
 
     Args:
         bench: The network and its data.
@@ -332,24 +356,58 @@ def analyse(
         progress(name, done, len(mine))
 
     probing = _here(bench, missing, late, begin) if workers is None else _there(bench, missing, late, begin, workers)
-    for (name, removed), measured, drop_se in probing:
-        gone = _gone(bench, name, removed, taylor[name])
-        cell = Cell(
-            sparsity=removed / bench.structure[name].size,
-            removed=removed,
-            accuracy=measured.accuracy,
-            accuracy_se=measured.accuracy_se,
-            loss=measured.loss,
-            loss_se=measured.loss_se,
-            drop_se=drop_se,
-            taylor_loss=report.dense.loss + float(gone.sum()),
-        )
-        report = report.with_cell(name, cell)
-        report.save(path)
-        done += 1
+    file = _File(path)
+    try:
+        for (name, removed), measured, drop_se, executed in probing:
+            gone = _gone(bench, name, removed, taylor[name])
+            cell = Cell(
+                sparsity=removed / bench.structure[name].size,
+                removed=removed,
+                accuracy=measured.accuracy,
+                accuracy_se=measured.accuracy_se,
+                loss=measured.loss,
+                loss_se=measured.loss_se,
+                drop_se=drop_se,
+                taylor_loss=report.dense.loss + float(gone.sum()),
+                executed=executed,
+            )
+            report = report.with_cell(name, cell)
+            file.keep(report)
+            done += 1
+    finally:
+        file.write()
     report.save(path)
     bench.forget()
     return report
+
+
+@final
+class _File:
+    """A report's file while cells come: writing it whole takes longer the more there are.
+
+    Args:
+        path: Where.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._unwritten: SensitivityReport | None = None
+        self._due = -math.inf
+
+    def keep(self, report: SensitivityReport) -> None:
+        """Take a report with one more cell, and write it if it is time."""
+        self._unwritten = report
+        if time.perf_counter() >= self._due:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is not written yet."""
+        if self._unwritten is not None:
+            started = time.perf_counter()
+            self._unwritten.save(self._path)
+            self._unwritten = None
+            now = time.perf_counter()
+            self._due = now + (now - started) / _WRITING
 
 
 def _here(
@@ -361,7 +419,7 @@ def _here(
         if late():
             return
         samples = bench.probe({name: removed})
-        yield (name, removed), samples.summary(bench.rung), samples.drop_error(bench.dense)
+        yield (name, removed), samples.summary(bench.rung), samples.drop_error(bench.dense), bench.executed[-1]
 
 
 def _there(
@@ -380,7 +438,7 @@ def _there(
             raise ExecutorError(
                 f"a sensitivity cell of {under_way[outcome.id][0]} can't be measured: {outcome.failure}"
             )
-        return under_way.pop(outcome.id), outcome.measurements[0], outcome.drop_se
+        return under_way.pop(outcome.id), outcome.measurements[0], outcome.drop_se, outcome.executed
 
     for name, removed in cells:
         if len(under_way) >= workers.at_once:

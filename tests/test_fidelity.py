@@ -1,5 +1,6 @@
 """Kendall's tau between what is known early and what was measured last: by hand, and on candidates of every kind."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,18 +10,18 @@ from hypothesis import strategies as st
 
 from autoprune.cost import Cost
 from autoprune.evaluation import Candidate, Measurement
-from autoprune.fidelity import FEWEST, Agreement, agreements, kendall
+from autoprune.fidelity import FEWEST, Agreement, Tau, agreements, kendall
 from autoprune.policy import Policy
 
 COST = Cost(macs=1, params=1, bytes=4, activations=1, nonzero_params=1, nonzero_macs=1)
 
 
-def candidate(number: int, *accuracies: float, last: str = "short") -> Candidate:
+def candidate(number: int, *accuracies: float, last: str = "short", steps: int = 0, seconds: float = 1.0) -> Candidate:
     rungs = ("reconstructed", last) if len(accuracies) > 1 else (last,)
-    found = tuple(
-        Measurement(rung, value, 0.01, 1 - value, 0.01) for rung, value in zip(rungs, accuracies, strict=True)
-    )
-    return Candidate(number, f"{number:x}", "search", "tpe", Policy({"a": 0.5}), {"a": 1}, COST, found, 1.0)
+    found = [Measurement(rung, value, 0.01, 1 - value, 0.01) for rung, value in zip(rungs, accuracies, strict=True)]
+    found[-1] = dataclasses.replace(found[-1], steps=steps)
+    policy = Policy({"a": 0.5})
+    return Candidate(number, f"{number:x}", "search", "tpe", policy, {"a": 1}, COST, tuple(found), seconds)
 
 
 class TestKendall:
@@ -54,7 +55,7 @@ class TestAgreements:
         last = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
         first = [0.1, 0.2, 0.3, 0.4, 0.8, 0.7, 0.6, 0.5]  # right in the worse half, reversed in the better one
         candidates = [candidate(number, a, b) for number, (a, b) in enumerate(zip(first, last, strict=True))]
-        guess, rung = agreements(candidates, {"predicted": last})
+        guess, rung = agreements([candidates], {"predicted": last})
         assert (guess.known, guess.last, guess.candidates) == ("predicted", "short", 8)
         assert (guess.all.value, guess.better.value) == pytest.approx((1, 1))
         assert rung.known == "reconstructed"
@@ -64,17 +65,53 @@ class TestAgreements:
     def test_candidates_that_stopped_earlier_are_left_out(self):
         full = [candidate(number, 0.1 * number, 0.1 * number) for number in range(FEWEST)]
         early = candidate(99, 0.9, last="reconstructed")
-        found = agreements([early, *full], {"predicted": [0.0, *range(FEWEST)]})
+        found = agreements([[early, *full]], {"predicted": [0.0, *range(FEWEST)]})
         assert [(one.known, one.candidates) for one in found] == [("predicted", FEWEST), ("reconstructed", FEWEST)]
         assert [one.all.value for one in found] == pytest.approx([1, 1])
 
     def test_a_few_say_nothing(self):
-        assert agreements([candidate(n, 0.1 * n, 0.1 * n) for n in range(FEWEST - 1)], {}) == ()
-        assert agreements([], {}) == ()
+        few = [candidate(n, 0.1 * n, 0.1 * n) for n in range(FEWEST - 1)]
+        assert agreements([few, few, few], {}) == ()
+        assert agreements([[]], {}) == agreements([], {}) == ()
+
+    def test_each_rung_ranks_those_above_it(self):
+        """Rung 1 keeps the order of the ground but for its best two; rung 2 reverses it."""
+        ground = [candidate(n, n / 20, last="reconstructed", seconds=n) for n in range(12)]
+        first = [candidate(n, n / 20, n / 20, steps=50, seconds=10 + n) for n in range(2, 12)]
+        first[-2:] = [candidate(10, 0.5, 0.9, steps=50, seconds=20), candidate(11, 0.55, 0.8, steps=50, seconds=21)]
+        second = [candidate(n, n / 20, 1 - n / 20, steps=200, seconds=100) for n in range(4, 12)]
+        found = agreements([ground, first, second[::-1]], {})
+        said = [(a.known, a.steps, a.seconds, a.last, a.last_steps, a.last_seconds, a.candidates) for a in found]
+        assert said == [
+            ("reconstructed", 0, 6.5, "short", 50, 16.5, 10),
+            ("reconstructed", 0, 7.5, "short", 200, 100, 8),
+            ("short", 50, 17.5, "short", 200, 100, 8),
+        ]
+        assert [a.all.value for a in found] == pytest.approx([43 / 45, -1, -26 / 28])
+        assert found[0].better.value == pytest.approx(8 / 10)
+
+    def test_what_a_candidate_took_to_a_rung_is_known_where_it_stopped_there(self):
+        ranks = agreements(
+            [[candidate(n, n / 20, n / 20, steps=50, seconds=n) for n in range(9)]], {"sensitivity": range(9)}
+        )
+        said = [(a.known, a.steps, a.seconds, a.last_steps, a.last_seconds) for a in ranks]
+        assert said == [("sensitivity", 0, None, 50, 4), ("reconstructed", 0, None, 50, 4)]
+
+    @pytest.mark.parametrize(
+        ("low", "better", "expected"),
+        [(0.5, 0.3, 0.3), (0.2, 0.3, 0.2), (0.2, math.nan, 0.2), (math.nan, 0.3, 0.3), (math.nan, math.nan, 0)],
+    )
+    def test_relied_on_is_the_lower_bound_or_the_better_half_where_it_is_lower(self, low, better, expected):
+        taus = Tau(0.7, low, 0.9), Tau(better, math.nan, math.nan)
+        assert Agreement("reconstructed", 0, 1.0, "short", 50, 2.0, 12, *taus).relied_on == expected
 
     def test_as_json(self):
-        found = Agreement("predicted", "short", 9, kendall([1, 2, 3], [1, 2, 3], 10), kendall([1, 1], [1, 2], 10))
+        found = Agreement(
+            *("predicted", 0, None, "short", 50, 1.5, 9),
+            *(kendall([1, 2, 3], [1, 2, 3], 10), kendall([1, 1], [1, 2], 10)),
+        )
         assert found.to_dict() == {
-            **{"known": "predicted", "last": "short", "candidates": 9},
+            **{"known": "predicted", "steps": 0, "seconds": None},
+            **{"last": "short", "last_steps": 50, "last_seconds": 1.5, "candidates": 9},
             **{"all": [1.0, 1.0, 1.0], "better": [None, None, None]},
         }

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoprune.errors import ConfigError
-from autoprune.pareto import dominates, front, hypervolume, knee, pick
+from autoprune.pareto import Direction, dominates, front, hypervolume, knee, pick, sorted_by_layers
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ TWO = {"accuracy": 0.0, "macs": 100}
 
 def made(*triples: tuple[float, float, float]) -> list[Point]:
     return [Point(f"p{index}", *triple) for index, triple in enumerate(triples)]
+
+
+def cheapest_first(point: Point) -> tuple[float, float, float, str]:
+    return point.macs, -point.accuracy, point.params, point.id
 
 
 def ids(points: list[Point]) -> list[str]:
@@ -106,6 +111,49 @@ class TestFront:
     def test_order_does_not_matter(self, points, random):
         shuffled = random.sample(points, len(points))
         assert front(shuffled) == front(points)
+
+
+OBJECTIVES: list[dict[str, Direction]] = [
+    {"accuracy": "max"},
+    {"accuracy": "max", "macs": "min"},
+    {"params": "min", "accuracy": "min"},
+    {"accuracy": "max", "macs": "min", "params": "min"},
+]
+
+
+class TestLayers:
+    """Fronts and layers against the definition, point by point."""
+
+    @pytest.mark.parametrize("objectives", OBJECTIVES, ids=len)
+    @given(points=sets_of_points)
+    def test_each_layer_is_what_nothing_left_dominates(self, objectives, points):
+        rest, layers = list(points), []
+        while rest:
+            layers.append([p for p in rest if not any(dominates(other, p, objectives) for other in rest)])
+            rest = [p for p in rest if p not in layers[-1]]
+        assert ids(front(points, objectives)) == ids(sorted(layers[0] if layers else [], key=cheapest_first))
+        found = sorted_by_layers(points, objectives)
+        assert len(found) == len(points)
+        for layer in layers:
+            assert set(ids(found[: len(layer)])) == set(ids(layer))
+            found = found[len(layer) :]
+
+    def test_within_a_layer_the_ends_and_then_the_loneliest(self):
+        front_and_behind = [(0.9, 90, 1), (0.5, 10, 1), (0.52, 12, 1), (0.6, 50, 1), (0.8, 80, 1), (0.4, 95, 1)]
+        # as shares of 0.4 and 80: p2 0.25 + 0.5, p3 0.7 + 0.85, p4 0.75 + 0.5
+        assert ids(sorted_by_layers(made(*front_and_behind), OBJECTIVES[1])) == ["p0", "p1", "p3", "p4", "p2", "p5"]
+
+    @pytest.mark.parametrize("objectives", OBJECTIVES[1::2], ids=len)
+    def test_many_points_take_no_time(self, objectives):
+        """Layers of one each, which comparing all pairs layer by layer takes minutes for."""
+        points = made(*((number / 3000, 3000 - number, 3000 - number) for number in range(3000)))
+        started = time.process_time()
+        assert ids(sorted_by_layers(points, objectives)) == ids(points[::-1])
+        assert time.process_time() - started < 5
+
+    def test_a_failed_measurement_is_refused(self):
+        with pytest.raises(ConfigError, match="macs is inf; leave failed candidates out"):
+            sorted_by_layers(made((0.5, math.inf, 50)))
 
 
 class TestHypervolume:

@@ -40,7 +40,7 @@ from autoprune.errors import (
 )
 from autoprune.evaluation import Candidate, InProcess, Measurement, Outcome, Pipeline, Runs, Work, measure
 from autoprune.evaluation import Probe as CellProbe
-from autoprune.evaluation.ladder import best, sample
+from autoprune.evaluation.ladder import best, promotion, sample
 from autoprune.fidelity import FEWEST, kendall
 from autoprune.finaliser import PrunedNetwork
 from autoprune.finetuning import Recipe, recalibrate, train
@@ -188,6 +188,11 @@ class Watcher(Silent):
 def run(out: Path, task: Task | None = None, **changes: Any) -> SearchResult:
     options: dict[str, Any] = {"tracker": NullTracker()} | SETTINGS | changes
     return search(make_task() if task is None else task, out=out, **options)
+
+
+def cells_of(out: Path) -> SensitivityReport:
+    """The sensitivity report; two are equal whatever their cells took."""
+    return SensitivityReport.load(out / "sensitivity.json")
 
 
 def ledger_of(out: Path) -> list[dict[str, Any]]:
@@ -537,7 +542,7 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_ledger(
     timed: dict[str, Any] = {"seconds": 0, "proposing_seconds": 0, "latency": {}}
     assert result.summary | timed == done.result.summary | timed
     assert read(out / "front.json") == read(done.out / "front.json")
-    assert (out / "sensitivity.json").read_bytes() == (done.out / "sensitivity.json").read_bytes()
+    assert cells_of(out) == cells_of(done.out)
     assert watcher.lines[0] == f"going on with {out}: {len(whole)} candidates are there"
 
 
@@ -582,8 +587,8 @@ def test_with_several_under_way_it_is_the_same_search_whoever_is_faster_and_wher
     assert read(tmp_path / "whole" / "config.json")["parallel"] == {"at_once": 4}
     run(tmp_path / "in_turn", executor=InProcess(at_once=4), **settings)
     assert ledger("in_turn") == ledger("whole")
-    for file in ["sensitivity.json"] if grid else []:
-        assert (tmp_path / "in_turn" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    if grid:
+        assert cells_of(tmp_path / "in_turn") == cells_of(tmp_path / "whole")
     for kill_at in (2, 5, 9):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "killed", tracker=Probe(kill_at), executor=OutOfTurn(4), **settings)
@@ -662,7 +667,7 @@ def test_the_best_are_fine_tuned_after_the_search_and_the_pick_is_one_of_them(
     if agent == "tpe":
         assert min(c.at("recalibrated").accuracy for c in promoted) >= own[6].accuracy  # type: ignore[union-attr]
     else:
-        members = {c.id for c in front(own, {"accuracy": "max", "macs": "min"})}
+        members = {c.id for c in front(own)}  # of accuracy, MACs and parameters, as its agent has it
         assert members <= {c.id for c in promoted} or members >= {c.id for c in promoted}
     assert sum(c.arm == "random" for c in finalists) == 1
     assert finalists[0].arm == "uniform"
@@ -793,6 +798,15 @@ def test_who_is_promoted_is_learnt_from_some(tmp_path: Path, light: None) -> Non
     tried = sample(ranked)
     number = int(re.search(r"(\d+)% go on", said)[1]) * 24 // 100  # type: ignore[index]
     assert said.startswith(f"fine-tuned, {len(tried)} candidates rank as before with Kendall's tau ")
+    promoted = result.summary["promoted"]
+    assert [promoted[key] for key in ("known", "steps", "last", "last_steps", "candidates")] == [
+        *("recalibrated", 0, "short", 2, len(tried))
+    ]
+    tau, low, high = promoted["all"]
+    assert f"tau {tau:.2f} ({low:.2f} to {high:.2f}; of the better half {promoted['better'][0]:.2f}): " in said
+    assert promoted["relied_on"] == min(low, promoted["better"][0])
+    assert (promoted["share"], promoted["holds"]) == promotion(promoted["relied_on"], len(own))
+    assert said.endswith(f"{promoted['share']:.0%} go on")
     assert climbed >= {c.id for c in [*tried, *ranked[:number]]}
     assert len(climbed) <= len(tried) + number + 1
     assert result.summary["picked"]["fidelity"] == "short"
@@ -1343,7 +1357,7 @@ def test_killed_while_shared_weights_are_trained_or_later_it_ends_with_the_same_
     result = run(out, progress=watcher, **SHARED)
     assert ledger_of(out) == whole
     assert result.summary["picked"] == shared.result.summary["picked"]
-    assert (out / "sensitivity.json").read_bytes() == (shared.out / "sensitivity.json").read_bytes()
+    assert cells_of(out) == cells_of(shared.out)
     assert (out / "shared.safetensors").stat().st_mtime_ns == written
     assert not any("trained one set" in line for line in watcher.lines)
 

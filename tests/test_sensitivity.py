@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -213,7 +214,7 @@ def test_the_file_is_open_json_and_reads_back(setup: Setup, tmp_path: Path) -> N
         *("name", "kind", "size", "layers", "prunable", "reason", "macs_share", "cells", "predicted")
     ]
     assert list(document["groups"][0]["cells"][0]) == [
-        *("sparsity", "removed", "accuracy", "accuracy_se", "loss", "loss_se", "drop_se", "taylor_loss")
+        *("sparsity", "removed", "accuracy", "accuracy_se", "loss", "loss_se", "drop_se", "taylor_loss", "executed")
     ]
     assert SensitivityReport.load(path) == report
     assert [p.name for p in tmp_path.iterdir()] == ["sensitivity.json"]
@@ -235,7 +236,55 @@ def test_a_killed_analysis_goes_on(setup: Setup, tmp_path: Path, killed_at: int)
     setup.passes = 0
     assert setup.analyse(path) == whole
     assert setup.passes == 6 - killed_at  # the cells that were missing
-    assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert SensitivityReport.load(path) == whole
+
+
+def test_writing_takes_a_hundredth_of_the_time(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write takes a second and a cell half a minute: the file is written after the first and the fifth, and last."""
+    now, written = 0.0, list[int]()
+    save = SensitivityReport.save
+
+    def slow(self: SensitivityReport, path: Path) -> None:
+        nonlocal now
+        now += 1
+        written.append(sum(len(row.cells) for row in self.groups))
+        save(self, path)
+
+    def begin(group: str, done: int, total: int) -> None:
+        nonlocal now
+        now += 30
+
+    monkeypatch.setattr(SensitivityReport, "save", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    report = setup.analyse(tmp_path / "s.json", progress=begin)
+    assert written == [1, 5, 6, 6]
+    assert SensitivityReport.load(tmp_path / "s.json") == report
+
+
+def test_what_ran_for_the_cells_is_counted_here_and_by_workers(setup: Setup, tmp_path: Path) -> None:
+    """All cells of the stem run whole, and the first of conv1; the others begin behind the stem."""
+    own = pickle.loads(pickle.dumps(Pipeline(setup.bench, Recovery(200), 0)))
+    here = setup.analyse(tmp_path / "here.json")
+    behind = 1 - 64 * 9 * 8 / setup.costs.dense.macs
+    assert [[cell.executed for cell in row.cells] for row in here.groups[:2]] == [
+        pytest.approx([1, 1, 1]),
+        pytest.approx([1, behind, behind]),
+    ]
+    share = (4 + 2 * behind) / 6
+    assert here.executed == pytest.approx(share)
+    assert here.work == (
+        f"6 cells took {share:.0%} of the multiply-adds of as many whole passes: what runs before a group was kept"
+    )
+    before = list(setup.bench.executed)
+    there = setup.analyse(tmp_path / "there.json", workers=Newest(own))
+    assert there.executed == pytest.approx(share)
+    assert setup.bench.executed == before  # nothing ran here
+    assert SensitivityReport.load(tmp_path / "there.json").executed == there.executed
+    unknown = [dataclasses.replace(cell, executed=None) for cell in there["stem"].cells]
+    for cell in unknown:
+        there = there.with_cell("stem", cell)
+    assert there.executed == pytest.approx((1 + 2 * behind) / 3)
+    assert setup.analyse(tmp_path / "none.json", deadline=-1.0).work == ""
 
 
 def test_a_finer_grid_costs_its_new_cells_only(setup: Setup, tmp_path: Path) -> None:
@@ -259,7 +308,7 @@ def test_shards_merge_into_the_unsharded_file(setup: Setup, tmp_path: Path, shar
         merged = merged.merge(part)
     assert merged == whole
     merged.save(tmp_path / "merged.json")
-    assert (tmp_path / "merged.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert SensitivityReport.load(tmp_path / "merged.json") == whole
 
 
 class Newest:
@@ -292,7 +341,8 @@ def test_workers_measure_the_same_cells(setup: Setup, tmp_path: Path) -> None:
     assert workers.most == 3
     assert len(begun) == 6
     assert not workers.under_way
-    assert (tmp_path / "there.json").read_bytes() == (tmp_path / "here.json").read_bytes()
+    there, here = (SensitivityReport.load(tmp_path / f"{name}.json") for name in ("there", "here"))
+    assert there == here
     late = setup.analyse(tmp_path / "late.json", workers=workers, deadline=time.monotonic() - 1)
     assert all(not row.cells for row in late.groups)
 

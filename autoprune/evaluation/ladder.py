@@ -2,19 +2,24 @@
 
 Successive halving (Jamieson & Talwalkar 2016, https://arxiv.org/abs/1502.07943) after the agent has finished, so that
 what an agent learns from is all of one fidelity. Nothing here evaluates.
+
+Optuna's pruners are not what stops candidates: they need `report` on the one objective of a trial that runs, and stop
+it in the middle. Here agents of all kinds, with one objective or several, learn from one fidelity, and candidates are
+promoted after the search. Nor are `recalibrated` candidates promoted to `reconstructed`: a search uses one of the two
+(`--recover`), and `benchmarks/closed_form.md` shows which ranks better, and which is better per second.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from autoprune.evaluation.candidate import Candidate
-from autoprune.pareto import sorted_by_layers
+from autoprune.pareto import Direction, sorted_by_layers
 
-__all__ = ["FEWEST", "FEWEST_SAMPLED", "HIGHEST", "Rung", "best", "promoted_share", "rungs", "sample"]
+__all__ = ["FEWEST", "FEWEST_SAMPLED", "HIGHEST", "Promotion", "Rung", "best", "promotion", "rungs", "sample"]
 
 FEWEST: Final = 4
 """Candidates below which no rung is worth the time: measuring tells so few apart as they are."""
@@ -60,19 +65,19 @@ def rungs(candidates: int, steps: int, promote: float) -> tuple[Rung, ...]:
 
 
 def best(
-    candidates: Sequence[Candidate], number: int, value: Callable[[Candidate], float] | None = None
+    candidates: Sequence[Candidate], number: int, aim: Callable[[Candidate], float] | Mapping[str, Direction]
 ) -> list[Candidate]:
     """Return the candidates to promote, the best first.
 
     Args:
         candidates: Measured ones.
         number: How many.
-        value: What is to be raised; None, where accuracy is traded for cost: then layer by layer of non-dominated ones
-            (see `autoprune.pareto.sorted_by_layers`).
+        aim: What is to be raised; or the objectives where they are traded for each other: then layer by layer of
+            non-dominated ones (see `autoprune.pareto.sorted_by_layers`).
     """
-    if value is None:
-        return sorted_by_layers(candidates, {"accuracy": "max", "macs": "min"})[:number]
-    return sorted(candidates, key=lambda candidate: (-value(candidate), candidate.macs, candidate.id))[:number]
+    if isinstance(aim, Mapping):
+        return sorted_by_layers(candidates, aim)[:number]
+    return sorted(candidates, key=lambda candidate: (-aim(candidate), candidate.macs, candidate.id))[:number]
 
 
 def sample(ranked: Sequence[Candidate]) -> list[Candidate]:
@@ -85,23 +90,36 @@ def sample(ranked: Sequence[Candidate]) -> list[Candidate]:
     return [ranked[round(place)] for place in np.linspace(0, len(ranked) - 1, number)]
 
 
-def promoted_share(tau: float, candidates: int) -> float:
+class Promotion(NamedTuple):
+    """How many of the candidates climb.
+
+    Attributes:
+        share: Of all.
+        holds: How often the best of all is then among them.
+    """
+
+    share: float
+    holds: float
+
+
+def promotion(tau: float, candidates: int) -> Promotion:
     """Return how many of the candidates have to climb for the best of all to be among them nine times in ten.
 
     As if both fidelities were jointly normal, whose correlation is sin(π τ / 2) (Greiner's relation; Kruskal 1958,
-    "Ordinal measures of association", eq. 4.4).
+    "Ordinal measures of association", eq. 4.4). They are not: give a tau that errs on the low side
+    (`autoprune.fidelity.Agreement.relied_on`).
 
     Args:
         tau: Kendall's tau between the fidelities.
         candidates: How many there are.
 
     Returns:
-        Their share, in [0.1, 0.5], and of at least `FEWEST` candidates.
+        Their share, in [0.1, 0.5], and of at least `FEWEST` candidates; half of them may hold the best less often.
     """
     correlation = math.sin(math.pi / 2 * min(1.0, max(0.0, tau)))
     rng = np.random.default_rng(0)
     early, other = rng.standard_normal((2, _DRAWS, candidates))
     late = correlation * early + math.sqrt(1 - correlation**2) * other
-    of_the_best = np.take_along_axis(early, late.argmax(1)[:, None], 1)
-    needed = float(np.quantile((early >= of_the_best).sum(1), _SURE)) / candidates
-    return min(HIGHEST, max(_LOWEST, FEWEST / candidates, needed))
+    places = (early >= np.take_along_axis(early, late.argmax(1)[:, None], 1)).sum(1)  # of the best at last, from 1
+    share = min(HIGHEST, max(_LOWEST, FEWEST / candidates, float(np.quantile(places, _SURE)) / candidates))
+    return Promotion(share, float((places <= int(share * candidates + 1e-9)).mean()))

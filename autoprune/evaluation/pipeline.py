@@ -62,6 +62,7 @@ class Outcome:
         seconds: Time that it took where it ran.
         failure: Why it failed, or None.
         drop_se: Of a probe, the standard error of the accuracy lost (see `Samples.drop_error`).
+        executed: Of a probe, the share of a whole pass's multiply-adds that ran where it ran (see `Workbench`).
     """
 
     id: str
@@ -69,6 +70,7 @@ class Outcome:
     seconds: float
     failure: str | None = None
     drop_se: float | None = None
+    executed: float | None = None
 
 
 class Pipeline:
@@ -102,7 +104,8 @@ class Pipeline:
         samples = self.bench.probe(self.bench.structure.removed(probe.policy))
         drop_se = samples.drop_error(self.bench.dense)
         seconds = round(time.perf_counter() - started, 4)
-        return Outcome(probe.id, (samples.summary(self.bench.rung),), seconds, drop_se=drop_se)
+        found = (samples.summary(self.bench.rung),)
+        return Outcome(probe.id, found, seconds, drop_se=drop_se, executed=self.bench.executed[-1])
 
     def _evaluated(self, policy: Policy) -> Outcome:
         self.bench.forget()  # what probes kept

@@ -62,7 +62,8 @@ class Workbench:
         original: The dense network as the user brought it, in eval mode: what results are compared with.
         model: The dense network that candidates are cut from and fitted to, in eval mode: with shared weights, where
             there are any, else the original itself.
-        executed: For every probe, the share of the dense network's multiply-adds that ran.
+        executed: For every probe, the share of the dense network's multiply-adds that ran: of a whole pass over what is
+            fitted and measured, with what made the activations that it began at.
         macs: Its multiply-adds for one sample, which decide how many threads work (see `autoprune.threads`).
     """
 
@@ -212,13 +213,13 @@ class Workbench:
         if point is None or needed > self.activations_memory:
             self.executed.append(1.0)
             return self.measure(self.recovered(removed))
-        fitted, measured = self._outputs(point)
+        fitted, measured, ran = self._outputs(point)
         model = cut(self.model, change)
         with suited_threads(self.macs):
             with self._prefix.skipped(model, point) as handed:
                 handed.give(fitted, len(self._fitting))
                 self._refit(model, change)
-            self.executed.append(self._left(point))
+            self.executed.append(ran + 1 - self._share_before(point))
             pairs = zip(self._val or (), measured, strict=True)
             batches = (((inputs, outputs), targets) for (inputs, targets), outputs in pairs)
             return self._measured(model, batches, self.precision, point)
@@ -259,13 +260,6 @@ class Workbench:
         """Drop the activations that are kept for probes."""
         self._kept = None
 
-    @property
-    def work(self) -> str:
-        """What was spared in probes, in words; empty where nothing was."""
-        share = sum(self.executed) / len(self.executed) if self.executed else 1.0
-        spared = f"{share:.0%} of the multiply-adds of as many whole passes"
-        return f"{len(self.executed)} cells took {spared}: what runs before a group was kept" if share < 1 else ""
-
     def begins(self, removed: Mapping[str, int]) -> int:
         """Return when the first module that loses elements begins to run, in the order of modules."""
         return self._prefix.begins(self.change(removed))
@@ -278,8 +272,12 @@ class Workbench:
     def _prefix(self) -> Prefix:
         return Prefix(self.model, self._fitting[:_SAMPLES])
 
-    def _outputs(self, point: CutPoint) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Return a cut point's outputs: of what layers are fitted on, and of the validation batches."""
+    def _outputs(self, point: CutPoint) -> tuple[torch.Tensor, Sequence[torch.Tensor], float]:
+        """Return a cut point's outputs, of what layers are fitted on and of the validation batches.
+
+        And the share of the dense network's multiply-adds that ran for them.
+        """
+        ran = 0.0
         if self._kept is None or self._kept[0] != point:
             there = self._kept
             earlier = there if there is not None and there[0].end < point.end else None
@@ -288,13 +286,14 @@ class Workbench:
                 before = (None, None) if earlier is None else ((earlier[0], [earlier[1]]), (earlier[0], earlier[2]))
                 (fitted,) = self._prefix.outputs(point, [self._fitting], nullcontext, before[0])
                 self._kept = (point, fitted, self._prefix.outputs(point, inputs, self._running, before[1]))
-        return self._kept[1:]
+            ran = self._share_before(point) - (0 if earlier is None else self._share_before(earlier[0]))
+        return *self._kept[1:], ran
 
-    def _left(self, point: CutPoint) -> float:
-        """Return the share of the dense network's multiply-adds that come after a cut point."""
+    def _share_before(self, point: CutPoint) -> float:
+        """Return the share of the dense network's multiply-adds that come before a cut point."""
         inside = tuple(f"{name}." for name in point.skipped)
         saved = sum(macs for weight, macs in self._macs_of.items() if weight.startswith(inside))
-        return 1 - saved / max(1, self.macs)
+        return saved / max(1, self.macs)
 
     def recalibrating(self) -> tuple[Measurement, Measurement]:
         """Return what the original network does as it is, and with batch-norm statistics of the calibration images.

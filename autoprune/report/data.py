@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autoprune.errors import RunError
+from autoprune.evaluation.precision import Choice
 from autoprune.run import RunFolder
 
 __all__ = ["Row", "Run", "Width", "read_run"]
@@ -57,6 +58,7 @@ class Run:
         finalists: Those that were fine-tuned after the search, as they are then, on the last rung of the ladder; empty
             where there is none.
         missing: The files that are absent.
+        precision: `precision.json`, which a search that has begun leaves.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Run:
     result: Mapping[str, Any] | None
     final: Mapping[str, Any] | None
     missing: Sequence[str]
+    precision: Choice | None
 
     @property
     def search(self) -> Mapping[str, Any]:
@@ -158,6 +161,7 @@ def read_run(folder: Path) -> Run:
         result=files["result.json"],
         final=files["final.json"],
         missing=[name for name, content in files.items() if content is None] + ([] if ledger else ["ledger.jsonl"]),
+        precision=_read_choice(folder / "precision.json"),
     )
 
 
@@ -167,6 +171,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"'{path}' is not readable JSON ({error}); restore it, or run the search again") from error
     return content
+
+
+def _read_choice(path: Path) -> Choice | None:
+    if not path.is_file():
+        return None
+    try:
+        return Choice.of(_read_json(path))
+    except (KeyError, TypeError) as error:
+        raise RunError(f"'{path}' is no choice of a precision ({error}); restore it, or remove it") from error
 
 
 def _read_ledger(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,20 @@ from autoprune.report.parts import (
     settings_section,
     write_page,
 )
-from autoprune.report.wording import bytes_text, findings, headline, measured, percent, quantity, share, signed
+from autoprune.report.wording import (
+    bytes_text,
+    findings,
+    headline,
+    measured,
+    percent,
+    precision,
+    promoted,
+    quantity,
+    share,
+    signed,
+    spared,
+    tau,
+)
 
 __all__ = ["figure_files", "page", "write_report"]
 
@@ -81,7 +94,9 @@ def page(run: Run) -> str:
         _groups(run),
         _locked(run),
         _failures(run),
-        settings_section({key.capitalize(): run.config.get(key) or {} for key in ("task", "search", "versions")}),
+        settings_section(
+            {key.capitalize(): run.config.get(key) or {} for key in ("task", "search", "versions")}, precision(run)
+        ),
     ]
     return document(f"{_title(run)} · autoprune", sections, drawn)
 
@@ -227,28 +242,36 @@ def _progress(run: Run, drawn: Mapping[str, go.Figure]) -> str:
 
 
 def _fidelity(run: Run) -> str:
-    found = (run.result or {}).get("fidelity") or []
-    if not found:
+    result = run.result or {}
+    found = result.get("fidelity") or []
+    learnt = result.get("promoted")
+    if not found and not learnt:
         return ""
     rows = []
     for one in found:
-        compared = f"{one['last']}, {one['candidates']}"
-        known = KNOWN.get(one["known"], one["known"])
-        rows.append(("", [escaped(known), escaped(compared), _tau(one["all"]), _tau(one["better"])]))
-    table = html_table(["Known", "Compared with", "All", "Better half"], rows, text_columns=(0, 1), css="narrow")
+        known, last = _stage(one["known"], one.get("steps")), _stage(one["last"], one.get("last_steps"))
+        seconds = [_seconds(one.get(key)) for key in ("seconds", "last_seconds")]
+        taus = [tau(one["all"]), tau(one["better"])]
+        rows.append(("", [known, seconds[0], last, seconds[1], str(one["candidates"]), *taus]))
+    headings = ["Known", "Each", "Compared with", "Each", "Candidates", "All", "Better half"]
+    table = html_table(headings, rows, text_columns=(0, 2)) if rows else ""
+    said = f"<p class='caption'>{escaped(promoted(learnt))}</p>" if learnt else ""
     return (
         "<section><h2>How well cheap knowledge ranks</h2><p class='caption'>Kendall's tau between what is known early "
         "of a candidate and its accuracy at a later rung, over the candidates that reached it, and over the better "
-        "half of them: 1 is the same order, 0 is none. In brackets, bootstrap intervals of 95&nbsp;%.</p>"
-        f"{table}</section>"
+        "half of them: 1 is the same order, 0 is none. In brackets, bootstrap intervals of 95&nbsp;%. Each: the time "
+        "that a candidate took from the dense network to there, median, where it is known.</p>"
+        f"{table}{said}</section>"
     )
 
 
-def _tau(values: Sequence[float | None]) -> str:
-    value, low, high = values
-    if value is None:
-        return ""
-    return f"{value:.2f}" + ("" if low is None or high is None else f" ({low:.2f} to {high:.2f})")
+def _stage(name: str, steps: int | None) -> str:
+    """Return where something is known of a candidate, in words."""
+    return escaped(f"Fine-tuned, {steps} steps" if name == "short" and steps else KNOWN.get(name, name))
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} s" if value < 10 else duration(value)
 
 
 def _sensitivity(run: Run, drawn: Mapping[str, go.Figure]) -> str:
@@ -265,6 +288,7 @@ def _sensitivity(run: Run, drawn: Mapping[str, go.Figure]) -> str:
             f"Near half removed, {first['name']} loses most ({signed(low['accuracy'] - dense)} points) and "
             f"{last['name']} least ({signed(high['accuracy'] - dense)}). "
         )
+    text += spared(run.groups)
     curves = figure_section(
         drawn,
         "curves",

@@ -95,14 +95,15 @@ def html_table(
     )
 
 
-def settings_section(blocks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a section that lists settings under headings; a heading without any is left out."""
+def settings_section(blocks: Mapping[str, Mapping[str, Any]], caption: str = "") -> str:
+    """Return a section that lists settings under headings, below a caption; a heading without any is left out."""
     listed = ""
     for title, values in blocks.items():
         items = [f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in _flat(values)]
         if items:
             listed += f"<div><h3>{escaped(title)}</h3><dl>{''.join(items)}</dl></div>"
-    return f"<section><h2>Settings</h2><div class='settings'>{listed}</div></section>" if listed else ""
+    above = f"<p class='caption'>{escaped(caption)}</p>" if caption else ""
+    return f"<section><h2>Settings</h2>{above}<div class='settings'>{listed}</div></section>" if listed else ""
 
 
 def duration(seconds: float) -> str:

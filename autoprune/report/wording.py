@@ -1,12 +1,15 @@
 """Numbers and findings in words, as plain text: formats with units, and the verdicts, honest about noise."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoprune.report.data import Run
 
-__all__ = ["bytes_text", "findings", "headline", "measured", "percent", "points", "quantity", "share", "signed"]
+__all__ = [
+    *("bytes_text", "findings", "headline", "measured", "percent", "points", "precision", "promoted", "quantity"),
+    *("share", "signed", "spared", "tau"),
+]
 
 SPACE = "\u202f"  # narrow, and not broken over lines: 41.0 M
 MINUS = "\u2212"
@@ -87,6 +90,44 @@ def findings(run: Run) -> list[tuple[str, str]]:
         count = len(run.failures)
         found.append(("Failed", f"{count} of {len(run.ledger)} candidates failed; the reasons are listed below."))
     return found
+
+
+def tau(values: Sequence[float | None]) -> str:
+    """Return Kendall's tau with its interval: "0.69 (0.57 to 0.80)"; nothing where it is not defined."""
+    value, low, high = values
+    if value is None:
+        return ""
+    return f"{value:.2f}" + ("" if low is None or high is None else f" ({low:.2f} to {high:.2f})")
+
+
+def promoted(found: Mapping[str, Any]) -> str:
+    """Return what share of the candidates was fine-tuned after the search, and what that rests on."""
+    return (
+        f"How many were fine-tuned was learnt from {found['candidates']} of them, tried from the best to the worst: "
+        f"Kendall's tau is {tau(found['all'])} over all, and {tau([found['better'][0], None, None])} in the better "
+        f"half. Relied on is {found['relied_on']:.2f}, the lower of the interval's bound and the better half's, so "
+        f"that {percent(found['share'], 0)} of all went on: in {percent(found['holds'], 0)} of draws from a joint "
+        "normal distribution with that tau the best of all is among them."
+    )
+
+
+def spared(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Return what multiply-adds the cells of a sensitivity analysis took, or nothing where that is not known."""
+    known = [cell["executed"] for group in groups for cell in group["cells"] if cell.get("executed") is not None]
+    if not known:
+        return ""
+    text = f"{len(known)} cells took {percent(sum(known) / len(known), 0)} of the multiply-adds of as many whole passes"
+    return f"{text}, passes for what was kept included. " if sum(known) < len(known) else f"{text}. "
+
+
+def precision(run: Run) -> str:
+    """Return in which precision candidates were measured, and why; nothing where that is not known."""
+    if run.precision is None:
+        return ""
+    text = f"Candidates were {run.precision}"
+    if run.search.get("precision") == "auto" and not run.precision.trials:
+        return f"{text}: the network is too small, or samples are too few, for another to be worth trying."
+    return f"{text}, {'the fastest that agrees with float32' if run.precision.trials else 'as asked for'}."
 
 
 def _time(latency: Mapping[str, Mapping[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import pytest
 
 from autoprune.errors import RunError
+from autoprune.evaluation.precision import Choice, Precision, Trial
 from autoprune.pareto import front
 from autoprune.report import figure_files, write_report
 from autoprune.report.data import read_run
@@ -22,6 +23,7 @@ from autoprune.report.page import ABSENT
 from autoprune.report.progress import Progress, progress
 from autoprune.report.wording import bytes_text, findings, measured, percent, quantity, share, signed
 
+PLAIN, ROUNDED = Precision("float32", True), Precision("bfloat16", True)
 FIGURES = ("front", "policy", "progress", "curves", "heatmap")
 
 
@@ -73,6 +75,7 @@ class Demo:
                         "loss_se": 0.01 + 0.06 * lost,
                         "drop_se": 0.4 * self.se,
                         "taylor_loss": 0.26 + 2.5 * self.weights[group] * sparsity,
+                        "executed": 1 - 0.5 * index / len(self.names),
                     }
                 )
             groups.append(
@@ -203,11 +206,18 @@ class Demo:
                 "random": {"size": 6, "best": {key: random[key] for key in kept}},
                 "predicted": {"accuracy": recalibrated + 0.021, "gap": -0.021},
                 "fidelity": [
-                    {"known": "predicted", "last": "short", "candidates": 30}
+                    {"known": "predicted", "steps": 0, "seconds": None, "last": "reconstructed", "last_steps": 0}
+                    | {"last_seconds": 1.184, "candidates": 30}
                     | {"all": [0.512, 0.31, 0.68], "better": [None, None, None]},
+                    {"known": "short", "steps": 50, "seconds": 15.31, "last": "short", "last_steps": 200}
+                    | {"last_seconds": 244.8, "candidates": 9}
+                    | {"all": [0.7, 0.6, 0.8], "better": [0.3, None, None]},
                     {"known": "<b>", "last": "short", "candidates": 30}
                     | {"all": [0.7, 0.6, 0.8], "better": [0.3, None, None]},
                 ],
+                "promoted": {"known": "recalibrated", "steps": 0, "last": "short", "last_steps": 50, "candidates": 12}
+                | {"all": [0.69, 0.351, 0.92], "better": [0.33, 0.1, 0.6], "relied_on": 0.33}
+                | {"share": 0.5, "holds": 0.888},
             },
             "final.json": {
                 "epochs": 10,
@@ -298,8 +308,56 @@ class TestContents:
 
     def test_how_well_cheap_knowledge_ranks(self, run):
         text = outline(run).text
-        assert "Predicted from moments, nothing evaluated short, 30 0.51 (0.31 to 0.68)" in text
-        assert "<b> short, 30 0.70 (0.60 to 0.80) 0.30" in text
+        assert "Predicted from moments, nothing evaluated Reconstructed 1.18 s 30 0.51 (0.31 to 0.68)" in text
+        assert "Fine-tuned, 50 steps 15 s Fine-tuned, 200 steps 4 min 9 0.70 (0.60 to 0.80) 0.30" in text
+        assert "<b> short 30 0.70 (0.60 to 0.80) 0.30" in text
+
+    def test_what_share_was_promoted_and_why(self, run):
+        text = outline(run).text
+        assert "learnt from 12 of them, tried from the best to the worst: Kendall's tau is 0.69 (0.35 to 0.92)" in text
+        assert "0.33 in the better half. Relied on is 0.33" in text
+        assert "so that 50\u202f% of all went on: in 89\u202f% of draws" in text
+        changed(run, "result.json", fidelity=[])
+        assert "so that 50\u202f% of all went on" in outline(run).text
+
+    def test_what_the_cells_took(self, demo, run):
+        groups = len(demo.names)
+        share = percent(sum(1 - 0.5 * index / groups for index in range(groups)) / groups, 0)
+        said = f"cells took {share} of the multiply-adds of as many whole passes, passes for what was kept included"
+        assert f"{9 * groups} {said}" in outline(run).text
+        report = json.loads((run / "sensitivity.json").read_text())
+        for group in report["groups"]:
+            for cell in group["cells"]:
+                cell["executed"] = 1.0 if group["name"] == "conv1" else None
+        changed(run, "sensitivity.json", groups=report["groups"])
+        assert "9 cells took 100\u202f% of the multiply-adds of as many whole passes." in outline(run).text
+
+    @pytest.mark.parametrize(
+        ("wanted", "choice", "said"),
+        [
+            ("float32", Choice(PLAIN, PLAIN), "measured in float32 channels-last, as asked for."),
+            (
+                "auto",
+                Choice(PLAIN, PLAIN),
+                "measured in float32 channels-last: the network is too small, or samples are",
+            ),
+            (
+                "auto",
+                Choice(ROUNDED, PLAIN, (Trial(PLAIN, 0.5, 0.0, 1.5), Trial(ROUNDED, 0.25, 0.002))),
+                "measured in bfloat16 channels-last, trained in float32 channels-last (a thousand samples: float32 "
+                "channels-last 0.50 s, training 1.50 s; bfloat16 channels-last 0.25 s, 0.2% differ), the fastest that "
+                "agrees with float32.",
+            ),
+        ],
+    )
+    def test_in_which_precision_candidates_were_measured_and_why(self, demo, tmp_path, wanted, choice, said):
+        run = demo.write(tmp_path / "run", precision=wanted)
+        assert "Candidates were" not in outline(run).text
+        (run / "precision.json").write_text(json.dumps(choice.to_dict()))
+        assert f"Settings Candidates were {said}" in outline(run).text
+        (run / "precision.json").write_text("{}")
+        with pytest.raises(RunError, match="is no choice of a precision"):
+            read_run(run)
 
     def test_finalists_are_the_candidates_of_the_front_and_it_says_of_how_many(self, demo, run):
         lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
@@ -322,7 +380,7 @@ class TestContents:
         assert read_run(run).rows == before
 
     def test_of_a_few_candidates_nothing_is_said_about_ranks(self, run):
-        changed(run, "result.json", fidelity=[])
+        changed(run, "result.json", fidelity=[], promoted=None)
         assert "How well cheap knowledge ranks" not in outline(run).text
 
     def test_what_cant_be_pruned_has_its_reason_and_no_rank(self, run):
