@@ -7,7 +7,7 @@ its outputs with NaN, and with zeros, in place of all that is skipped, after it 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -175,7 +175,7 @@ class Prefix:
     def outputs(
         self,
         point: CutPoint,
-        batches: Sequence[torch.Tensor],
+        batches: Iterable[torch.Tensor],
         running: Callable[[], AbstractContextManager[Any]],
         earlier: tuple[CutPoint, Sequence[torch.Tensor]] | None = None,
     ) -> list[torch.Tensor]:

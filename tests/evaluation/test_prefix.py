@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.evaluation import Evaluator, Workbench, workbench
+from autoprune.evaluation import Evaluator, Workbench
 from autoprune.evaluation.prefix import Prefix
 from autoprune.scoring import Evidence, removal_orders
 from autoprune.scoring.l1 import L1
@@ -248,12 +248,6 @@ class TestProbe:
         assert bench._kept is not None
         bench.forget()
         assert bench._kept is None
-
-    def test_validation_data_that_is_not_kept_runs_through_the_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workbench, "_IN_MEMORY", 0)
-        bench = bench_of(Staged)
-        bench.probe({"second.up": 2})
-        assert bench.executed == [1.0]
 
     def test_the_network_is_as_before(self) -> None:
         bench = bench_of(Staged)
