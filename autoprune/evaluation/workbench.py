@@ -35,7 +35,6 @@ _FITTED_EACH, _FITTED_ROWS = 20, 10_000  # output positions of an image, of all 
 _FEWEST_MEASURED = 8  # samples of a batch
 _CACHED = 16 << 20  # bytes of activations of a batch that is measured: what the caches of a processor hold
 _COMPARED = 1000  # samples on which recalibration of the dense network is looked at
-_NUMBER = 4  # bytes of an activation, at most
 _SAMPLES = 3  # on which cut points are verified
 
 
@@ -92,7 +91,7 @@ class Workbench:
         self.activations_memory = activations_memory
         self._calibration_images, self._given_seed = calibration_images, seed
         self.executed: list[float] = []
-        self._kept: tuple[CutPoint, torch.Tensor, Sequence[torch.Tensor]] | None = None
+        self._kept: tuple[CutPoint, list[torch.Tensor], list[torch.Tensor]] | None = None
         self._at_once = max(_FEWEST_FITTED, min(_MOST_FITTED, _FITTED_MEMORY // max(1, dense.activations)))
         self._seed = derive(seed, "fitted rows")
         self.device = next(iter(self.model.parameters())).device
@@ -209,12 +208,13 @@ class Workbench:
         """Measure the network without some elements, recovered to `rung`; what runs before them is not run again.
 
         The same as `measure(recovered(removed))`, in less time, most of all where probes come in the order of the
-        network (see `begins`): one cut point's outputs are kept.
+        network (see `begins`): one cut point's outputs are kept, those of the last that `activations_memory` has room
+        for. Where all is "recalibrated", what runs before is not the dense network's: its statistics are taken anew
+        too, from other batches and in training mode. Nothing is kept there.
         """
         change = self.change(removed)
         point = None if self.rung == "recalibrated" or self._val.ready is None else self._prefix.point(change)
-        needed = 0 if point is None else 2 * point.size * (self.task.n_val + self._at_once) * _NUMBER  # old and new
-        if point is None or needed > self.activations_memory:
+        if point is None:
             self.executed.append(1.0)
             return self.measure(self.recovered(removed))
         fitted, measured = self._outputs(point)
@@ -281,19 +281,24 @@ class Workbench:
 
     @cached_property
     def _prefix(self) -> Prefix:
-        return Prefix(self.model, self._fitting[:_SAMPLES])
+        def fits(fitted: int, measured: int) -> bool:
+            return fitted * len(self._fitting) + measured * self.task.n_val <= self.activations_memory
+
+        return Prefix(self.model, self._fitting[:_SAMPLES], self._running, fits)
 
     def _outputs(self, point: CutPoint) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """Return a cut point's outputs: of what layers are fitted on, and of the validation batches."""
         if self._kept is None or self._kept[0] != point:
-            there = self._kept
-            earlier = there if there is not None and there[0].end < point.end else None
+            there, self._kept = self._kept, None
+            fitted = measured = None
+            if there is not None and there[0].end < point.end:  # each batch makes room for what becomes of it
+                fitted, measured = (there[0], _taken(there[1])), (there[0], _taken(there[2]))
+            del there
             inputs = (batch for batch, _ in self._val)
             with suited_threads(self.macs):
-                before = (None, None) if earlier is None else ((earlier[0], [earlier[1]]), (earlier[0], earlier[2]))
-                (fitted,) = self._prefix.outputs(point, [self._fitting], nullcontext, before[0])
-                self._kept = (point, fitted, self._prefix.outputs(point, inputs, self._running, before[1]))
-        return self._kept[1:]
+                at_once = self._prefix.outputs(point, [self._fitting], nullcontext, fitted)
+                self._kept = (point, at_once, self._prefix.outputs(point, inputs, self._running, measured))
+        return self._kept[1][0], self._kept[2]
 
     def _left(self, point: CutPoint) -> float:
         """Return the share of the dense network's multiply-adds that come after a cut point."""
@@ -322,3 +327,9 @@ class Workbench:
     def whole(self) -> Samples:
         """What the network that candidates are cut from does there, before anything is removed."""
         return self.dense if self.weights is None else self.measure(self.model)
+
+
+def _taken(outputs: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield what a list holds, which is empty in the end."""
+    while outputs:
+        yield outputs.pop(0)
