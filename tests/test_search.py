@@ -441,7 +441,7 @@ def test_it_says_first_what_can_be_reached_and_what_it_will_cost(done: Done) -> 
     assert macs[:2] == ["macs", str(dense)]
     assert macs[-1] == f"{dense / 2:.0f}"
     assert rows[-1] == "3 groups can be pruned; locked: fc (its elements are the network's output)"
-    assert precision == "candidates are measured in float32 channels-last"
+    assert precision == "candidates are measured in float32 channels-last (small: not timed)"
     assert preview.startswith("at most 9 sensitivity cells of ")
     assert " and 10 evaluations of " in preview
     assert predicted.startswith("predicted the loss of every policy from moments in ")
