@@ -629,6 +629,8 @@ def sensitivity(
             prepared = prepare(work, settings)
             grid = () if analytic else _numbers(sparsities)
             executor = _executor(workers, ray_address, worker_cpus, worker_gpus) if grid else None
+            for note in prepared.bench.notes:
+                progress.line(note)
             progress.begin("sensitivity", len(prepared.structure) * len(grid))
             with contextlib.ExitStack() as stack:
                 if executor is not None:

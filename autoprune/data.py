@@ -5,6 +5,7 @@ generators (torch's, numpy's, Python's), as most augmenting datasets do, runs on
 the global generators are put back as they were.
 """
 
+import copy
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -233,6 +234,9 @@ class DatasetSplit:
 class LoaderSplit:
     """A user's `DataLoader`, iterated as it is: its batch size, its order, its workers.
 
+    Workers that would persist are started for each pass all the same: those that live on draw from where the last pass
+    left their random state, and the next one would not be the same for its seed.
+
     Args:
         loader: Over a map-style dataset, giving `(inputs, targets)`.
 
@@ -243,7 +247,8 @@ class LoaderSplit:
     def __init__(self, loader: DataLoader[Any]) -> None:
         if isinstance(loader.dataset, IterableDataset):
             raise SplitError("a DataLoader over an IterableDataset has no length; give a map-style Dataset")
-        self.loader = loader
+        self.loader = copy.copy(loader)
+        vars(self.loader).update(persistent_workers=False, _iterator=None)  # which can't be set as attributes
 
     def __len__(self) -> int:
         if self.loader.batch_size is None:  # the user's own batch sampler

@@ -112,7 +112,8 @@ def streamed(
     """Yield batches on a device.
 
     To CUDA they are copied from page-locked memory, which nobody waits for: while one is computed the next is read and
-    handed over. No more than two are under way, so that a slow device does not fill the memory.
+    handed over. No more than two are under way, so that a slow device does not fill the memory. What is there
+    already is not waited for.
 
     Args:
         batches: `(inputs, targets)`, on any device.
@@ -125,6 +126,9 @@ def streamed(
         return
     under_way: deque[Any] = deque()
     for inputs, targets in batches:
+        if inputs.device == targets.device == device:
+            yield place(inputs), targets
+            continue
         if len(under_way) == _UNDER_WAY:
             under_way.popleft().synchronize()
         placed = place(_locked(inputs)), _locked(targets).to(device, non_blocking=True)

@@ -256,6 +256,8 @@ class _Search:
             )
         self.progress.line(self._feasibility())
         self.progress.line(f"candidates are {bench.choice}")
+        for note in bench.notes:
+            self.progress.line(note)
         before, after = bench.recalibrating()
         if before.accuracy - after.accuracy > _CLEAR_LOSS:
             warnings.warn(

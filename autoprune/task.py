@@ -61,7 +61,7 @@ class Task:
         loss: Per-sample loss, `(outputs, targets) -> (n,)` float; likewise.
         val_fraction: In (0, 1).
         split_seed: Of the cut.
-        batch_size: Of validation, where that split is too large to be kept in memory.
+        batch_size: Of validation, where that split can be kept neither in memory nor in a file.
         name: For reports; by default the network's.
 
     Raises:

@@ -13,11 +13,11 @@ measure the accuracy on the validation split (5,000); then the same with 20 step
 - by hand: `copy.deepcopy`, a pruner of Torch-Pruning with its dependency graph, float32 as torch lays it out.
 - masked: the dense network with zeros in place of what is removed, float32, as the published AMC code evaluates.
 
-They alternate in one process; medians, and ratios of them. Besides: what the framework takes of a candidate's time, the
-share of the machine's measured matrix-product rate in bfloat16, where measuring spends its time, what a race saves, and
-sensitivity cells, nine ratios a group, beside as many candidates by hand, and as many that FastNAS of NVIDIA's ModelOpt
-scores. FastNAS too chooses by scores of one layer at a time; it recalibrates and measures the whole network for
-each, in float32. It is left out where it can't be imported (pip install nvidia-modelopt huggingface_hub
+They alternate in one process; medians, and ratios of them. Besides: what the framework and agents take of a candidate's
+time, the share of the machine's measured matrix-product rate in bfloat16, where measuring spends its time, what a race
+saves, and sensitivity cells, nine ratios a group, beside as many candidates by hand, and as many that FastNAS of
+NVIDIA's ModelOpt scores. FastNAS too chooses by scores of one layer at a time; it recalibrates and measures the whole
+network for each, in float32. It is left out where it can't be imported (pip install nvidia-modelopt huggingface_hub
 torchprofile==0.0.4).
 
 Without `--data-root` the network has random weights and the images are noise: time does not depend on either.
@@ -33,6 +33,7 @@ import itertools
 import json
 import platform
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,9 +46,10 @@ import torch
 from torch import nn
 
 import autoprune as ap
-from autoprune import models
+from autoprune import models, registry
 from autoprune.data import Batch
 from autoprune.devices import resolve, synchronise
+from autoprune.environment import PruningEnv, layer_facts
 from autoprune.evaluation import RUNGS, Evaluator, Ledger, Pipeline, workbench
 from autoprune.fidelity import kendall
 from autoprune.finetuning import Recipe
@@ -56,6 +58,7 @@ from autoprune.policy import Policy
 from autoprune.preparation import Prepared, prepare
 from autoprune.search_spaces.per_group import PerGroup
 from autoprune.settings import SearchSettings
+from autoprune.testing import SyntheticEvaluator, run_agent
 
 
 class Ours:
@@ -77,11 +80,17 @@ class Ours:
             self.evaluator.pipeline.train(model, steps, Recipe(), 0, self.removed)
         return self.bench.measure(model).summary("").accuracy
 
-    def overhead(self, candidates: int = 50) -> float:
+    def overhead(self, ledger: Path, candidates: int = 50) -> float:
         """Return the seconds a candidate that are no forward pass, no backward pass and no data.
 
-        The network is cut, copied for each thread and its batch-norm folded; then nothing is recovered or measured.
+        The network is cut, copied for each thread and its batch-norm folded; then nothing is recovered or measured, and
+        a line is written and synced.
+
+        Args:
+            ledger: The file that gets the lines.
+            candidates: Random ones, of which the median is taken.
         """
+        evaluator = Evaluator(self.evaluator.pipeline, self.prepared.costs, Ledger(ledger))
         measured = self.bench.dense
         rng = torch.Generator().manual_seed(0)
         shares = torch.rand(candidates, len(self.removed), generator=rng) * 0.5
@@ -93,7 +102,7 @@ class Ours:
         ):
             for policy in policies:
                 started = time.perf_counter()
-                self.evaluator.evaluate(policy, arm="search", agent="none")
+                evaluator.evaluate(policy, arm="search", agent="none")
                 seconds.append(time.perf_counter() - started)
         return statistics.median(seconds)
 
@@ -292,6 +301,37 @@ def raced(ours: Ours, number: int) -> dict[str, float]:
     }
 
 
+def proposing(ours: Ours, agents: Sequence[str], candidates: int = 60) -> dict[str, float]:
+    """Return the seconds a candidate that agents take themselves, over a whole search of so many.
+
+    A formula answers them, and its time does not count.
+    """
+    task, feasible = ours.prepared.task, ours.prepared.feasible
+    layers = layer_facts(task.model, task.example_input, feasible.structure)
+    found = {}
+    for name in agents:
+        answered: list[float] = []
+        evaluator = SyntheticEvaluator(feasible, evaluations=candidates)
+
+        def submit(
+            policy: Policy, evaluator: SyntheticEvaluator = evaluator, answered: list[float] = answered
+        ) -> Callable[[], Any]:
+            started = time.perf_counter()
+            candidate = evaluator.submit(policy)()
+            answered.append(time.perf_counter() - started)
+            return lambda: candidate
+
+        space = PerGroup(feasible, spend=(1.0, 1.0))
+        env = PruningEnv(
+            feasible, space, submit, value=lambda candidate: candidate.accuracy, evaluations=candidates, layers=layers
+        )
+        agent = registry.resolve("agent", name)()
+        started = time.perf_counter()
+        run_agent(agent, env, seed=0)
+        found[name] = (time.perf_counter() - started - sum(answered)) / len(answered)
+    return found
+
+
 def spent(ours: Ours) -> dict[str, float]:
     """Return the share of measuring a candidate that each kind of operator takes, on one thread."""
     model = ours.bench.recovered(ours.removed)
@@ -421,7 +461,9 @@ def table(found: dict[str, Any]) -> str:
         "Measuring a candidate, on one thread: "
         + ", ".join(f"{name.removeprefix('aten::')} {share:.0%}" for name, share in found["spent"].items())
         + ".",
-        f"Framework: {1e3 * found['overhead']:.1f} ms a candidate. Share of the matrix-product rate in bfloat16: "
+        f"Framework: {1e3 * found['overhead']:.1f} ms a candidate; agents: "
+        + ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in found["agents"].items())
+        + f". Share of the matrix-product rate in bfloat16: "
         f"{found['share']:.0%}.",
     ]
     race = found["race"]
@@ -448,6 +490,8 @@ def main() -> None:
         torch.set_num_interop_threads(1)
     candidates = {steps: compare(ways, steps, options.repeats) for steps in options.steps}
     work = same.macs * (task.n_val + options.calibration)
+    with tempfile.TemporaryDirectory() as folder:
+        overhead = same.overhead(Path(folder) / "ledger.jsonl")
     found = {
         "machine": {"torch": torch.__version__, "python": platform.python_version(), "threads": options.threads},
         "settings": {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(options).items()},
@@ -457,7 +501,8 @@ def main() -> None:
         "sensitivity": sensitivity(ours["reconstructed"], hand, options.ratios),
         "spent": spent(same),
         "race": raced(ours["reconstructed"], options.raced) if options.raced else None,
-        "overhead": same.overhead(),
+        "overhead": overhead,
+        "agents": proposing(same, options.agents),
         "share": work / candidates[0]["ours, recalibrated"]["median"] / peak(same.bench.device)
         if 0 in candidates
         else None,
@@ -498,6 +543,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratios", type=float, nargs="+", default=[n / 10 for n in range(1, 10)], help="of cells")
     parser.add_argument("--raced", type=int, default=40, help="random policies of the race; 0 for none")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--agents", nargs="+", default=["tpe", "random"], help="whose own time is taken")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto")
     parser.add_argument("--json", type=Path)

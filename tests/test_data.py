@@ -1,6 +1,7 @@
 """Splits are read the same way whatever lies under them, never share samples, and touch no global generator."""
 
 import functools
+import pickle
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -105,6 +106,38 @@ def test_a_loader_with_a_generator_of_its_own_is_repeatable_and_the_generator_st
     assert targets(split, shuffle=seeded(1)) == targets(split, shuffle=seeded(1))
     assert targets(split, shuffle=seeded(1)) != targets(split, shuffle=seeded(2))
     assert torch.equal(before, own.get_state())
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_draw_the_same_for_a_seed(persistent: bool) -> None:
+    loader = DataLoader(Numbers(9, global_noise), 2, shuffle=True, num_workers=2, persistent_workers=persistent)
+    split = data.LoaderSplit(loader)
+
+    def drawn(seed: int) -> list[float]:
+        return torch.cat([inputs for inputs, _ in split.batches(2, shuffle=seeded(seed))]).flatten().tolist()
+
+    first = drawn(1)
+    noise = [value % 1 for value in first]
+    assert len(set(noise)) == 9
+    assert drawn(2) != first
+    assert drawn(1) == first
+    assert loader.persistent_workers == persistent  # the user's own stays as it is
+    with data.isolated_rng(0):
+        assert len(list(loader)) == 5
+    again = data.LoaderSplit(loader)  # whose workers may be at work
+    assert torch.equal(next(again.batches(2, shuffle=seeded(1)))[0].flatten(), torch.tensor(first[:2]))
+    assert pickle.loads(pickle.dumps(again.loader)).num_workers == 2
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_dataset_read_by_workers_draws_the_same_for_a_seed() -> None:
+    split = data.DatasetSplit(Numbers(6, global_noise), workers=2)
+    first, second, again = (
+        torch.cat([inputs for inputs, _ in split.batches(2, shuffle=seeded(seed))]).tolist() for seed in (1, 2, 1)
+    )
+    assert first == again
+    assert first != second
 
 
 def test_isolated_rng_puts_the_generators_back_after_an_error() -> None:

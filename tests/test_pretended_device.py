@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune import data, export, models
 from autoprune.cost import CostModel, LatencyTable, compare, count
-from autoprune.evaluation import Pipeline, Precision, Recovery
+from autoprune.evaluation import Pipeline, Precision, Recovery, workbench
 from autoprune.finetuning import reconstruct
 from autoprune.moments import Moments, influences, readers_of
 from autoprune.policy import Policy
@@ -136,6 +136,22 @@ class Event:
         self.log.append("waited")
 
 
+class Locked(torch.Tensor):
+    """Numbers in memory that says it is page-locked."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> torch.Tensor:
+        Event.log.append("locked")
+        return tensor.clone().as_subclass(cls)
+
+    def is_pinned(self, device: object = None) -> bool:
+        return True
+
+    def to(self, *args: Any, non_blocking: bool = False, **kwargs: Any) -> Any:
+        Event.log.append("copying" if non_blocking else "copied")
+        return self.as_subclass(torch.Tensor).to(*args, non_blocking=non_blocking, **kwargs)
+
+
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
     """Pretend that there is one CUDA device."""
@@ -148,7 +164,7 @@ def pretended() -> Iterator[None]:
         "torch.cuda.set_rng_state": lambda state, device: None,
         "torch.cuda.Event": Event,
         "torch.accelerator.synchronize": lambda device: None,
-        "torch.Tensor.pin_memory": lambda tensor: tensor.clone(),
+        "torch.Tensor.pin_memory": lambda tensor: Locked.of(tensor),
     }
     overwriting = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
@@ -242,6 +258,20 @@ def test_candidates_and_probes_are_those_of_the_cpu(
         assert losses(task.on(DEVICE), criterion, rung, units, race) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("race", [False, True])
+def test_what_is_mapped_from_a_file_is_sent_batch_by_batch(
+    task: Task, race: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: tuple[Any, ...] = ("l1", "reconstructed", ("channels",), race)
+    expected = losses(task, *given)
+    monkeypatch.setattr(workbench, "_IN_MEMORY", 0)
+    with pretended():
+        Event.log.clear()
+        assert losses(task.on(DEVICE), *given) == pytest.approx(expected, abs=1e-6)
+    passes = 1 + 2 + 2 * 2  # what layers are fitted on; two networks; two probes, from two cut points
+    assert Event.log == ["locked", "copying", "locked", "copying", "sent"] * passes
+
+
 def test_moments_are_read_onto_the_device_and_layers_solved_from_them(
     task: Task, structure: Structure, tmp_path: Path
 ) -> None:
@@ -316,8 +346,19 @@ def test_batches_are_on_their_way_two_at_a_time_and_in_order() -> None:
     with pretended(), pytest.raises(OSError, match="the disk is gone"):
         take_all()
     assert seen == [(number, number) for number in range(4)]
-    assert Event.log[:4] == ["read 0", "sent", "read 1", "sent"]
-    assert Event.log[4:] == ["read 2", "waited", "sent", "read 3", "waited", "sent"]
+    on_its_way = ["locked", "copying", "locked", "copying", "sent"]  # inputs, then targets; nobody waits for them
+    assert Event.log[:12] == ["read 0", *on_its_way, "read 1", *on_its_way]
+    assert Event.log[12:] == ["read 2", "waited", *on_its_way, "read 3", "waited", *on_its_way]
+
+
+def test_what_is_there_already_is_not_sent() -> None:
+    Event.log.clear()
+    with pretended():
+        batch = torch.ones(1, 2, 3, 3).to(DEVICE), torch.zeros(1).to(DEVICE)
+        ((inputs, targets),) = Precision("float32", True).placed([batch], DEVICE)
+        assert inputs.is_contiguous(memory_format=torch.channels_last)
+        assert targets is batch[1]
+    assert Event.log == []
 
 
 def accuracies(run: Any) -> list[tuple[str, float]]:

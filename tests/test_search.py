@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from autoprune.errors import (
     TestSetError,
     UnknownNameError,
 )
-from autoprune.evaluation import Candidate, InProcess, Measurement, Outcome, Pipeline, Runs, Work, measure
+from autoprune.evaluation import Candidate, InProcess, Measurement, Outcome, Pipeline, Runs, Work, measure, workbench
 from autoprune.evaluation import Probe as CellProbe
 from autoprune.evaluation.ladder import best, promotion, sample
 from autoprune.fidelity import FEWEST, kendall
@@ -445,11 +446,20 @@ def test_it_says_first_what_can_be_reached_and_what_it_will_cost(done: Done) -> 
     assert macs[:2] == ["macs", str(dense)]
     assert macs[-1] == f"{dense / 2:.0f}"
     assert rows[-1] == "3 groups can be pruned; locked: fc (its elements are the network's output)"
-    assert precision == "candidates are measured in float32 channels-last"
+    assert precision == "candidates are measured in float32 channels-last (small: not timed)"
     assert preview.startswith("at most 9 sensitivity cells of ")
     assert " and 10 evaluations of " in preview
     assert predicted.startswith("predicted the loss of every policy from moments in ")
     assert work.startswith("9 cells took ")
+
+
+def test_it_says_that_data_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workbench, "_IN_MEMORY", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    watcher = Watcher()
+    run(tmp_path / "run", candidates=1, control=0, sensitivity=(), progress=watcher)
+    assert watcher.lines[2].startswith("calibration images are read again for each network: ")
+    assert watcher.lines[3].startswith("validation samples are read again for each network: ")
 
 
 def test_every_cell_and_candidate_is_a_step(done: Done) -> None:

@@ -8,9 +8,9 @@ float32, and so are the numbers of the picked network.
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Final, Self
 
@@ -26,15 +26,19 @@ from autoprune.seeds import seeded_torch
 from autoprune.task import Task
 from autoprune.threads import SMALL_MACS, suited_threads
 
-__all__ = ["AGREEMENT", "GAIN", "PRECISIONS", "Choice", "Precision", "Trial", "choose", "chosen", "until"]
+__all__ = ["AGREEMENT", "EXACT", "GAIN", "PRECISIONS", "Choice", "Precision", "Trial", "choose", "chosen", "until"]
 
 PRECISIONS: Final = ("auto", "float32", "bfloat16")
 """What a user may ask for; "auto" is the fastest that agrees."""
 AGREEMENT: Final = 0.01
 """Share of the samples (one sample at least) on which another format may decide differently, or score differently by
 more than this."""
+EXACT: Final = 1e-4
+"""The same for float32 in another layout, which adds in another order and rounds no number: outputs are further apart
+than this share of the largest on no more than those samples."""
 GAIN: Final = 1.25
 """How many times as fast as float32 another format must be; less is not told from noise, and not worth the rounding."""
+_ROUNDS: Final = 2  # of timing, in each of which all precisions take their turn
 _HOPELESS: Final = 3.0  # times the fastest so far: what is slower on a part of the samples is tried no further
 _MOST, _FEWEST, _MACS = 500, 64, 20_000_000_000  # samples that precisions are tried on
 _TRAINED = 64  # of them, in a training step
@@ -109,16 +113,19 @@ class Choice:
     Attributes:
         precision: In which they are measured.
         training: In which they are fine-tuned; of the same layout.
-        trials: What was measured; empty where nothing had to be.
+        trials: What was measured; empty where nothing was.
+        untimed: Why nothing was measured, where the fastest was asked for; else empty.
     """
 
     precision: Precision
     training: Precision
     trials: tuple[Trial, ...] = ()
+    untimed: str = ""
 
     def __str__(self) -> str:
         says = f"measured in {self.precision}"
         says += f", trained in {self.training}" if self.training != self.precision else ""
+        says += f" ({self.untimed})" if self.untimed else ""
         return says + (f" (a thousand samples: {'; '.join(map(str, self.trials))})" if self.trials else "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,8 +135,9 @@ class Choice:
     @classmethod
     def of(cls, document: dict[str, Any]) -> Self:
         """Read what `to_dict` gave."""
-        trials = [Trial(**{**trial, "precision": Precision(**trial["precision"])}) for trial in document["trials"]]
-        return cls(Precision(**document["precision"]), Precision(**document["training"]), tuple(trials))
+        trials = tuple(Trial(**{**trial, "precision": Precision(**trial["precision"])}) for trial in document["trials"])
+        both = {name: Precision(**document[name]) for name in ("precision", "training")}
+        return cls(**{**document, **both, "trials": trials})
 
 
 def chosen(task: Task, model: nn.Module, cost: Cost, wanted: str = "auto") -> Choice:
@@ -145,8 +153,12 @@ def chosen(task: Task, model: nn.Module, cost: Cost, wanted: str = "auto") -> Ch
     spatial = task.example_input.dim() == 4
     plain = Precision("float32" if wanted == "auto" else wanted, spatial)
     room = _BYTES // max(1, cost.activations)
-    if wanted != "auto" or cost.macs < SMALL_MACS or min(room, task.n_val) < _FEWEST:
+    if wanted != "auto":
         return Choice(plain, plain)
+    if cost.macs < SMALL_MACS:
+        return Choice(plain, plain, untimed="small: not timed")
+    if min(room, task.n_val) < _FEWEST:
+        return Choice(plain, plain, untimed="too few samples or too large activations: not timed")
     samples = min(room, max(_FEWEST, min(_MOST, _MACS // cost.macs)))
     batches = list(until(task.val_batches(samples), samples))
     inputs, targets = (torch.cat(parts)[:samples] for parts in zip(*batches, strict=True))
@@ -179,9 +191,11 @@ def choose(
 ) -> Choice:
     """Time a network in every precision, and return the fastest that agrees with float32, for measuring and training.
 
-    A sample differs where its score does, or, if outputs are `(n, classes)`, the class of highest output. Training is
-    tried in the layout that measures fastest; it need not agree, since batches differ by more than rounding. What is
-    several times slower on some of the samples is timed on no more of them, and not tried in training.
+    A sample differs where its score does, or, if outputs are `(n, classes)`, the class of highest output; in float32
+    also where outputs do (see `EXACT`). All take turns, round after round, and the shortest pass counts, so that what
+    else the machine does for a while is no precision's alone. Training is tried in the layout that measures fastest; it
+    need not agree, since batches differ by more than rounding. What is several times slower on some of the samples is
+    timed on no more of them, and not tried in training.
 
     Args:
         model: The dense network, whose layout and gradients change.
@@ -195,74 +209,137 @@ def choose(
     spatial = inputs.dim() == 4
     layouts = (False, True) if spatial else (False,)
     tried = [*(Precision("float32", layout) for layout in layouts), Precision("bfloat16", spatial)]
-    trials: list[Trial] = []
-    hopeless: list[Precision] = []
-    quickest = math.inf  # a sample, of a part of them: only like is compared with like, as a call has a cost of its own
-    expected: tuple[torch.Tensor, ...] = ()
+    runs = [_Run(precision, model) for precision in tried]
     with torch.no_grad(), evaluating(model):
-        for precision in tried:
-            try:
-                part, each, outputs = _timed(model, precision, inputs, clock, _HOPELESS * quickest)
-            except Exception as error:  # as much as networks can object to
-                if not expected:
-                    raise
-                trials.append(Trial(precision, 0.0, 1.0, failure=f"fails: {' '.join(str(error).split())[:100]}"))
-                continue
-            quickest = min(quickest, part)
-            hopeless += [precision] if len(outputs) < len(inputs) else []
-            found = _decided(outputs, targets[: len(outputs)], metric)
-            expected = expected or found
-            pairs = zip((whole[: len(outputs)] for whole in expected), found, strict=True)
-            differs = torch.stack([_apart(*pair) for pair in pairs]).any(0).float().mean()
-            trials.append(Trial(precision, round(1000 * each, 4), float(differs)))
+        _take_turns(runs, inputs, clock)
+    trials = [run.trial(runs[0], targets, metric) for run in runs]
     allowed = max(AGREEMENT, 1.001 / len(inputs))
-    agree = [t for t in trials if t.failure is None and (t.differs <= allowed or t.precision.dtype == "float32")]
-    best = _fastest({trial.precision: trial.seconds for trial in agree})
+    agree = [trial for trial in trials if trial.failure is None and trial.differs <= allowed]
+    sound = {trial.precision.channels_last for trial in agree if trial.precision.dtype == "float32"}
+    best = _fastest({t.precision: t.seconds for t in agree if t.precision.channels_last in sound})
+    trainable = [run.precision for run in runs if run.seconds and run.precision.channels_last == best.channels_last]
     few, few_targets = inputs[:trained], targets[:trained]
     with seeded_torch(0, inputs.device):  # dropout draws
-        training = {
-            trial.precision: 1000 * _trained(model, trial.precision, few, few_targets, loss, clock) / len(few)
-            for trial in trials
-            if trial.failure is None
-            and trial.precision.channels_last == best.channels_last
-            and trial.precision not in hopeless
-        }
+        steps = _trained(model, trainable, few, few_targets, loss, clock)
+    training = {precision: 1000 * seconds / len(few) for precision, seconds in steps.items()}
     told = [replace(trial, training=round(training.get(trial.precision, 0.0), 4)) for trial in trials]
     finite = {precision: seconds for precision, seconds in training.items() if math.isfinite(seconds)}
     return Choice(best, _fastest(finite) if finite else best.full, tuple(told))
 
 
-def _timed(
-    model: nn.Module, precision: Precision, inputs: torch.Tensor, clock: Callable[[], float], limit: float
-) -> tuple[float, float, torch.Tensor]:
-    """Return the seconds a sample of a part of them, those of the shorter of two passes over all, and the outputs.
+@dataclass(slots=True, eq=False)
+class _Run:
+    """The dense network in one precision while it is timed.
 
-    Where the part takes longer than a limit, it stands for all, and the outputs are its own.
+    Attributes:
+        precision: Which.
+        model: The network.
+        part: Seconds a sample of a pass over some of the samples.
+        seconds: The same of every pass over all of them; empty where it is hopeless or can't run.
+        outputs: Of the last pass.
+        failure: Why it can't run, or None.
     """
-    placed = _laid_out(model, precision, inputs)
-    if precision.dtype != "float32":
-        model = Folding(model, placed[:2])(model)
 
-    def passed(samples: torch.Tensor) -> tuple[float, torch.Tensor]:
+    precision: Precision
+    model: nn.Module
+    part: float = math.inf
+    seconds: list[float] = field(default_factory=list)
+    outputs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    failure: str | None = None
+
+    def prepare(self, inputs: torch.Tensor) -> None:
+        """Fold the network where it is measured so, and warm up."""
+        placed = _laid_out(self.model, self.precision, inputs)
+        if self.precision.dtype != "float32":
+            self.model = Folding(self.model, placed[:2])(self.model)
+        with self.precision.running(inputs.device):
+            self.model(placed)
+        synchronise(inputs.device)
+
+    def passed(self, inputs: torch.Tensor, clock: Callable[[], float]) -> float:
+        """Run the network, and return the seconds a sample."""
+        placed = _laid_out(self.model, self.precision, inputs)
         started = clock()
-        outputs = model(samples)
+        with self.precision.running(inputs.device):
+            outputs = self.model(placed)
         synchronise(inputs.device)
-        return (clock() - started) / len(samples), outputs.float()
+        seconds = (clock() - started) / len(inputs)
+        self.outputs = outputs.float()
+        return seconds
 
-    with precision.running(inputs.device):
-        few = placed[: -(-len(placed) // 8)]
-        model(few)
-        synchronise(inputs.device)
-        part, outputs = passed(few)
-        if part > limit:
-            return part, part, outputs
-        first, _ = passed(placed)
-        second, outputs = passed(placed)
-    return part, min(first, second), outputs
+    def trial(self, plain: "_Run", targets: torch.Tensor, metric: Measure) -> Trial:
+        """Return what was found, beside the network as it is."""
+        if self.failure is not None:
+            return Trial(self.precision, 0.0, 1.0, failure=self.failure)
+        there = len(self.outputs)
+        expected, targets = plain.outputs[:there], targets[:there]
+        pairs = zip(_decided(expected, targets, metric), _decided(self.outputs, targets, metric), strict=True)
+        apart = [_apart(*pair) for pair in pairs]
+        if self.precision.dtype == "float32":
+            largest = float(expected[expected.isfinite()].abs().max()) if bool(expected.isfinite().any()) else 0.0
+            outputs = (some.reshape(there, -1) for some in (expected, self.outputs))
+            apart.append(_apart(*outputs, EXACT * largest).any(1))
+        seconds = min(self.seconds, default=self.part)
+        return Trial(self.precision, round(1000 * seconds, 4), float(torch.stack(apart).any(0).float().mean()))
+
+
+def _take_turns(runs: Sequence[_Run], inputs: torch.Tensor, clock: Callable[[], float]) -> None:
+    """Time all on a part of the samples and then, but for the hopeless, on all of them, round after round.
+
+    Like is compared with like, as a call has a cost of its own: what is hopeless, beside those before it, is told from
+    parts alone.
+    """
+    few = inputs[: -(-len(inputs) // 8)]
+    quickest = math.inf
+    promising: list[_Run] = []
+    for run in runs:
+        with _noting(run, runs):
+            run.prepare(few)
+            run.part = run.passed(few, clock)
+            promising += [run] if run.part <= _HOPELESS * quickest else []
+            quickest = min(quickest, run.part)
+    for _ in range(_ROUNDS):
+        for run in promising:
+            if run.failure is None:
+                with _noting(run, runs):
+                    run.seconds.append(run.passed(inputs, clock))
+
+
+@contextmanager
+def _noting(run: _Run, runs: Sequence[_Run]) -> Iterator[None]:
+    """Note what goes wrong in all but the first, as much as networks can object to."""
+    try:
+        yield
+    except Exception as error:
+        if run is runs[0]:
+            raise
+        run.failure = f"fails: {' '.join(str(error).split())[:100]}"
+        run.seconds.clear()
 
 
 @torch.enable_grad()
 def _trained(
+    model: nn.Module,
+    precisions: Sequence[Precision],
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    loss: Measure,
+    clock: Callable[[], float],
+) -> dict[Precision, float]:
+    """Return the shorter of two steps' seconds, the optimizer's left out; infinite if it can't be trained so.
+
+    All take turns, and are of one layout.
+    """
+    model.train()
+    seconds: dict[Precision, list[float]] = {precision: [] for precision in precisions}
+    for _ in range(1 + _ROUNDS):  # the first warms up
+        for precision, found in seconds.items():
+            if math.inf not in found:
+                found.append(_step(model, precision, inputs, targets, loss, clock))
+    return {p: math.inf if math.inf in found else min(found[1:]) for p, found in seconds.items()}
+
+
+def _step(
     model: nn.Module,
     precision: Precision,
     inputs: torch.Tensor,
@@ -270,24 +347,20 @@ def _trained(
     loss: Measure,
     clock: Callable[[], float],
 ) -> float:
-    """Return the shorter of two steps' seconds, the optimizer's left out; infinite if it can't be trained so."""
+    """Return a training step's seconds, or infinity."""
     placed = _laid_out(model, precision, inputs)
-    model.train()
-    seconds = []
+    started = clock()
     try:
-        for _ in range(3):  # the first warms up
-            started = clock()
-            with precision.running(inputs.device):
-                outputs = model(placed)
-            value = loss(outputs.float(), targets).mean()
-            if not math.isfinite(value.item()):
-                return math.inf
-            value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            synchronise(inputs.device)
-            seconds.append(clock() - started)
+        with precision.running(inputs.device):
+            outputs = model(placed)
+        value = loss(outputs.float(), targets).mean()
+        if not math.isfinite(value.item()):
+            return math.inf
+        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        synchronise(inputs.device)
     except Exception:  # whoever trains it is told; here nothing is trained
         return math.inf
-    return min(seconds[1:])
+    return clock() - started
 
 
 def _laid_out(model: nn.Module, precision: Precision, inputs: torch.Tensor) -> torch.Tensor:
@@ -301,11 +374,11 @@ def _decided(outputs: torch.Tensor, targets: torch.Tensor, metric: Measure) -> t
     return (scores, outputs.argmax(1)) if outputs.dim() == 2 else (scores,)
 
 
-def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return which samples are decided otherwise, or scored otherwise by more than a hundredth."""
+def _apart(a: torch.Tensor, b: torch.Tensor, tolerance: float = AGREEMENT) -> torch.Tensor:
+    """Return where two differ, numbers by more than a tolerance."""
     if not a.is_floating_point():
         return a != b
-    return ~torch.isclose(a, b, rtol=0.0, atol=AGREEMENT, equal_nan=True)
+    return ~torch.isclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 def _fastest(seconds: Mapping[Precision, float]) -> Precision:

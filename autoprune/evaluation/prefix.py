@@ -7,8 +7,8 @@ its outputs with NaN, and with zeros, in place of all that is skipped, after it 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from autoprune.structure import Cut
 
 __all__ = ["CutPoint", "Handed", "Prefix", "Resumed"]
 
-_TRIED: Final = 4  # modules that ended last are tried as cut points
+_TRIED: Final = 16  # modules that ended last are tried as cut points: more than a residual block has
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,11 @@ class CutPoint:
         name: The module.
         end: Its place in the order in which modules begin and end.
         skipped: Modules that need not run; the last is the module itself.
-        size: Numbers in its output for one sample.
     """
 
     name: str
     end: int
     skipped: tuple[str, ...]
-    size: int
 
 
 @dataclass(slots=True)
@@ -80,6 +78,7 @@ class _Call:
     start: int
     end: int
     output: torch.Tensor | None  # of a few samples, if it is of the batch
+    size: int  # bytes of the output
 
 
 class _Reached(Exception):
@@ -95,14 +94,25 @@ class Prefix:
     Args:
         model: The dense network; its mode is restored.
         inputs: A few samples, of a number that no dimension has by chance.
+        running: What networks are measured under.
+        fits: Whether there is room for the outputs of a cut point, given the bytes of one sample's: as the network
+            computes them by itself, and under `running`.
     """
 
-    def __init__(self, model: nn.Module, inputs: torch.Tensor) -> None:
-        self._model, self._inputs = model, inputs
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: torch.Tensor,
+        running: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        fits: Callable[[int, int], bool] = lambda size, measured: True,
+    ) -> None:
+        self._model, self._inputs, self._fits = model, inputs, fits
         self._calls: list[_Call] = []
         self._starts: dict[str, int] = {}
         self._owners: dict[str, list[str]] = {}
         self._points: dict[int, CutPoint | None] = {}
+        self._verified: dict[str, CutPoint | None] = {}
+        self._measured: dict[str, int] = {}  # bytes of outputs
         clock = iter(range(1 << 62))
         begun: dict[str, int] = {}
         times = Counter[str]()
@@ -120,19 +130,27 @@ class Prefix:
                 floats = isinstance(output, torch.Tensor) and output.is_floating_point() and output.dim() > 0
                 batched = floats and not len(output) % len(self._inputs)
                 kept = output.clone() if batched else None  # what follows may change it in place
-                self._calls.append(_Call(name, begun[name], next(clock), kept))
+                size = output.nbytes if batched else 0
+                self._calls.append(_Call(name, begun[name], next(clock), kept, size))
 
             return hook
 
-        handles = []
-        for name, module in model.named_modules():
-            handles += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
-        try:
-            with torch.no_grad(), evaluating(model):
-                self._expected = model(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        def sized(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                self._measured[name] = output.nbytes if isinstance(output, torch.Tensor) else 0
+
+            return hook
+
+        modules = dict(model.named_modules())
+        with torch.no_grad(), evaluating(model), ExitStack() as stack:
+            for name, module in modules.items():
+                stack.callback(module.register_forward_pre_hook(before(name)).remove)
+                stack.callback(module.register_forward_hook(after(name)).remove)
+            self._expected = model(inputs)
+        with torch.no_grad(), evaluating(model), ExitStack() as stack, running():
+            for name, module in modules.items():
+                stack.callback(module.register_forward_hook(sized(name)).remove)
+            model(inputs)
         holding = {name for name, module in model.named_modules() if any(True for _ in module.buffers(recurse=False))}
         self._repeated = [
             (self._starts[name], max(call.end for call in self._calls if call.name == name))
@@ -152,12 +170,22 @@ class Prefix:
         return min((self._start(name) for name in (*touched, *change.attributes, *change.blocks)), default=0)
 
     def point(self, change: Cut) -> CutPoint | None:
-        """Return the last cut point before all that a cut touches, or None."""
+        """Return the last cut point before all that a cut touches for which there is room, or None."""
         first = self.begins(change)
         if first not in self._points:
             ended = sorted((c for c in self._calls if c.end < first), key=lambda call: -call.end)
-            self._points[first] = next(filter(None, map(self._stands, ended[:_TRIED])), None)
+            fitting = [call for call in ended if self._fits(*self._sizes(call))]
+            self._points[first] = next(filter(None, map(self._known, fitting[:_TRIED])), None)
         return self._points[first]
+
+    def _sizes(self, call: _Call) -> tuple[int, int]:
+        return call.size // len(self._inputs), self._measured.get(call.name, call.size) // len(self._inputs)
+
+    def _known(self, call: _Call) -> CutPoint | None:
+        """Return a module as a cut point if it stands as one, verified once."""
+        if call.name not in self._verified:
+            self._verified[call.name] = self._stands(call)
+        return self._verified[call.name]
 
     def skipped(self, model: nn.Module, point: CutPoint | None) -> AbstractContextManager[Handed]:
         """Let a network begin at a cut point inside a `with`.
@@ -175,9 +203,9 @@ class Prefix:
     def outputs(
         self,
         point: CutPoint,
-        batches: Sequence[torch.Tensor],
+        batches: Iterable[torch.Tensor],
         running: Callable[[], AbstractContextManager[Any]],
-        earlier: tuple[CutPoint, Sequence[torch.Tensor]] | None = None,
+        earlier: tuple[CutPoint, Iterable[torch.Tensor]] | None = None,
     ) -> list[torch.Tensor]:
         """Return the cut point's outputs in the dense network.
 
@@ -185,7 +213,7 @@ class Prefix:
             point: Where.
             batches: Inputs.
             running: What the network runs under.
-            earlier: A cut point before it with its outputs, to begin at.
+            earlier: A cut point before it with its outputs, to begin at; taken one after another.
         """
 
         def stop(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -194,10 +222,11 @@ class Prefix:
         found = []
         handle = self._model.get_submodule(point.name).register_forward_hook(stop)
         try:
+            before = None if earlier is None else iter(earlier[1])
             with evaluating(self._model), self.skipped(self._model, earlier and earlier[0]) as handed:
-                for number, inputs in enumerate(batches):
-                    if earlier is not None:
-                        handed.give(earlier[1][number], len(inputs))
+                for inputs in batches:
+                    if before is not None:
+                        handed.give(next(before), len(inputs))
                     try:
                         with running():
                             self._model(inputs)
@@ -235,7 +264,7 @@ class Prefix:
                         return None
             if not torch.equal(found, self._expected) or not torch.equal(handed.value, call.output):
                 return None  # it depends on more, or what is handed in would not stay as it is
-        return CutPoint(call.name, call.end, names, call.output.numel() // len(self._inputs))
+        return CutPoint(call.name, call.end, names)
 
     @contextmanager
     def _without(self, model: nn.Module, names: Sequence[str]) -> Iterator[Handed]:

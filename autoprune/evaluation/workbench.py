@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -13,6 +13,7 @@ from autoprune.data import Batch
 from autoprune.devices import nearest
 from autoprune.evaluation.candidate import Measurement
 from autoprune.evaluation.folding import Folding
+from autoprune.evaluation.kept import Kept
 from autoprune.evaluation.measure import Samples, measure
 from autoprune.evaluation.precision import Choice, Precision, chosen, until
 from autoprune.evaluation.prefix import CutPoint, Prefix, Resumed
@@ -27,14 +28,13 @@ from autoprune.threads import suited_threads
 
 __all__ = ["Workbench"]
 
-_IN_MEMORY = 2 << 30  # bytes of validation inputs that are kept ready; a larger split is read for each measurement
+_IN_MEMORY = 2 << 30  # bytes of samples that are kept on the device; more are kept in a file
 _FITTED_MEMORY = 1 << 30  # bytes of activations while layers are fitted, which takes all images at once
 _MOST_FITTED, _FEWEST_FITTED = 500, 32  # images
 _FITTED_EACH, _FITTED_ROWS = 20, 10_000  # output positions of an image, of all images
 _FEWEST_MEASURED = 8  # samples of a batch
 _CACHED = 16 << 20  # bytes of activations of a batch that is measured: what the caches of a processor hold
 _COMPARED = 1000  # samples on which recalibration of the dense network is looked at
-_NUMBER = 4  # bytes of an activation, at most
 _SAMPLES = 3  # on which cut points are verified
 
 
@@ -92,7 +92,7 @@ class Workbench:
         self.activations_memory = activations_memory
         self._calibration_images, self._given_seed = calibration_images, seed
         self.executed: list[float] = []
-        self._kept: tuple[CutPoint, torch.Tensor, Sequence[torch.Tensor]] | None = None
+        self._kept: tuple[CutPoint, list[torch.Tensor], list[torch.Tensor]] | None = None
         self._at_once = max(_FEWEST_FITTED, min(_MOST_FITTED, _FITTED_MEMORY // max(1, dense.activations)))
         self._seed = derive(seed, "fitted rows")
         self.device = next(iter(self.model.parameters())).device
@@ -104,19 +104,18 @@ class Workbench:
         if weights is not None:
             self.model = cut(self.original, Cut())
             weights.put_into(self.model)
-        self._calibration = list(
-            self.placed(task.calibration_batches(calibration_images, 250, derive(seed, "calibration")))
-        )
-        size = task.n_val * task.example_input.numel() * task.example_input.element_size()
+        images = partial(task.calibration_batches, calibration_images, 250, derive(seed, "calibration"))
+        self._calibration = self._ready(images(), calibration_images, images)
         on_cpu = self.device.type == "cpu"
         self._batch = max(_FEWEST_MEASURED, min(500, _CACHED // max(1, dense.activations))) if on_cpu else 500
         self.race = race
-        self._val = self._in_memory() if size <= _IN_MEMORY else None
+        self._val = self._validation()
 
     def __reduce__(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:
         """Pickle what the workbench is made from, without the test split; whoever unpickles it makes the rest again.
 
-        On the same device, or on the nearest that there is; nothing is on one in between.
+        That holds for a file with samples, too: each process has its own. On the same device, or on the nearest that
+        there is; nothing is on one in between.
         """
         task = self.task.without_test().on("cpu")
         orders = {name: o.cpu() if isinstance(o, torch.Tensor) else o for name, o in self.orders.items()}
@@ -128,23 +127,29 @@ class Workbench:
     def _on(cls, device: torch.device, task: Task, *given: Any) -> Self:
         return cls(task.on(nearest(device)), *given)
 
-    def _in_memory(self) -> list[Batch]:
-        """Return the validation batches, ready."""
-        batches: Iterable[Batch] = self.task.val_batches(self._batch)
-        if self.race:
-            inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
-            seeded = torch.Generator().manual_seed(derive(self._given_seed, "order of samples"))
-            parts = torch.randperm(len(inputs), generator=seeded).tensor_split(-(-len(inputs) // self._batch))
-            batches = ((inputs[part], targets[part]) for part in parts)
-        return list(self.placed(batches))
+    def _validation(self) -> Kept:
+        """Keep the validation batches; for a race in random order, so that the first stand for all."""
+        seed = derive(self._given_seed, "order of samples") if self.race else None
+        batches = self.task.val_batches(self._batch)
+        return self._ready(batches, self.task.n_val, self.task.val_batches, seed, self._batch)
+
+    def _ready(self, batches: Iterable[Batch], samples: int, again: Callable[[], Any], *order: Any) -> Kept:
+        return Kept(batches, samples, self.precision, self.device, _IN_MEMORY, again, *order)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is to be said of the data: why some of it is read again for every candidate; mostly nothing."""
+        kept = {"calibration images": self._calibration, "validation samples": self._val}
+        told = [f"{name} are read again for each network: {data.fault}" for name, data in kept.items() if data.fault]
+        return [*told, "no candidate is stopped early"] if self.race and self._val.fault else told
 
     def placed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches on the network's device, in its memory layout."""
         return self.precision.placed(batches, self.device)
 
     @property
-    def calibration(self) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
-        """The calibration batches, ready."""
+    def calibration(self) -> Iterable[Batch]:
+        """The calibration batches, on the network's device, as often as one likes."""
         return self._calibration
 
     def recovered(self, removed: Mapping[str, int]) -> nn.Module:
@@ -166,8 +171,7 @@ class Workbench:
     @cached_property
     def _fitting(self) -> torch.Tensor:
         """The images that layers are fitted on."""
-        enough = -(-self._at_once // max(1, len(self._calibration[0][0])))
-        images = torch.cat([inputs for inputs, _ in self._calibration[:enough]])[: self._at_once]
+        images = torch.cat([inputs for inputs, _ in until(self._calibration, self._at_once)])[: self._at_once]
         return self.precision.place(images, self.device)
 
     def recover(self, model: nn.Module, change: Cut) -> None:
@@ -179,7 +183,8 @@ class Workbench:
         """
         with suited_threads(self.macs):
             if self.rung == "recalibrated":
-                recalibrate(model, self._calibration, self._running, self._threads)
+                side_by_side = self._threads if self._calibration.ready is not None else 1  # else it holds all of them
+                recalibrate(model, self._calibration, self._running, side_by_side)
             else:
                 self._refit(model, change)
 
@@ -193,24 +198,24 @@ class Workbench:
             model: The network.
             precision: By default the one that candidates are measured in.
             rival: What another network did there; once this one is clearly worse, it is measured no further. Needs the
-                samples in memory, in random order (see `race` of the class); else all are taken.
+                samples kept, in random order (see `race` of the class); else all are taken.
         """
-        if rival is not None and self.race and self._val is not None:
-            return self._raced(model, self._val, precision or self.precision, rival)
-        batches = self.placed(self.task.val_batches()) if self._val is None else self._val
+        if rival is not None and self.race and self._val.ready is not None:
+            return self._raced(model, self._val.ready, precision or self.precision, rival)
         with suited_threads(self.macs):
-            return self._measured(model, batches, precision or self.precision)
+            return self._measured(model, self._val, precision or self.precision)
 
     def probe(self, removed: Mapping[str, int]) -> Samples:
         """Measure the network without some elements, recovered to `rung`; what runs before them is not run again.
 
         The same as `measure(recovered(removed))`, in less time, most of all where probes come in the order of the
-        network (see `begins`): one cut point's outputs are kept.
+        network (see `begins`): one cut point's outputs are kept, those of the last that `activations_memory` has room
+        for. Where all is "recalibrated", what runs before is not the dense network's: its statistics are taken anew
+        too, from other batches and in training mode. Nothing is kept there.
         """
         change = self.change(removed)
-        point = None if self.rung == "recalibrated" or self._val is None else self._prefix.point(change)
-        needed = 0 if point is None else 2 * point.size * (self.task.n_val + self._at_once) * _NUMBER  # old and new
-        if point is None or needed > self.activations_memory:
+        point = None if self.rung == "recalibrated" or self._val.ready is None else self._prefix.point(change)
+        if point is None:
             self.executed.append(1.0)
             return self.measure(self.recovered(removed))
         fitted, measured, ran = self._outputs(point)
@@ -220,7 +225,7 @@ class Workbench:
                 handed.give(fitted, len(self._fitting))
                 self._refit(model, change)
             self.executed.append(ran + 1 - self._share_before(point))
-            pairs = zip(self._val or (), measured, strict=True)
+            pairs = zip(self._val, measured, strict=True)
             batches = (((inputs, outputs), targets) for (inputs, targets), outputs in pairs)
             return self._measured(model, batches, self.precision, point)
 
@@ -228,7 +233,7 @@ class Workbench:
         found: Samples | None = None
         with suited_threads(self.macs):
             for leg in legs(batches):
-                part = self._measured(model, leg, precision)
+                part = self._measured(model, self.placed(leg), precision)
                 found = part if found is None else found.joined(part)
                 if clearly_worse(found, rival):
                     break
@@ -270,7 +275,10 @@ class Workbench:
 
     @cached_property
     def _prefix(self) -> Prefix:
-        return Prefix(self.model, self._fitting[:_SAMPLES])
+        def fits(fitted: int, measured: int) -> bool:
+            return fitted * len(self._fitting) + measured * self.task.n_val <= self.activations_memory
+
+        return Prefix(self.model, self._fitting[:_SAMPLES], self._running, fits)
 
     def _outputs(self, point: CutPoint) -> tuple[torch.Tensor, Sequence[torch.Tensor], float]:
         """Return a cut point's outputs, of what layers are fitted on and of the validation batches.
@@ -279,15 +287,19 @@ class Workbench:
         """
         ran = 0.0
         if self._kept is None or self._kept[0] != point:
-            there = self._kept
-            earlier = there if there is not None and there[0].end < point.end else None
-            inputs = [batch for batch, _ in self._val or ()]
+            there, self._kept = self._kept, None
+            fitted = measured = None
+            spared = 0.0
+            if there is not None and there[0].end < point.end:  # each batch makes room for what becomes of it
+                spared = self._share_before(there[0])
+                fitted, measured = (there[0], _taken(there[1])), (there[0], _taken(there[2]))
+            del there
+            inputs = (batch for batch, _ in self._val)
             with suited_threads(self.macs):
-                before = (None, None) if earlier is None else ((earlier[0], [earlier[1]]), (earlier[0], earlier[2]))
-                (fitted,) = self._prefix.outputs(point, [self._fitting], nullcontext, before[0])
-                self._kept = (point, fitted, self._prefix.outputs(point, inputs, self._running, before[1]))
-            ran = self._share_before(point) - (0 if earlier is None else self._share_before(earlier[0]))
-        return *self._kept[1:], ran
+                at_once = self._prefix.outputs(point, [self._fitting], nullcontext, fitted)
+                self._kept = (point, at_once, self._prefix.outputs(point, inputs, self._running, measured))
+            ran = self._share_before(point) - spared
+        return self._kept[1][0], self._kept[2], ran
 
     def _share_before(self, point: CutPoint) -> float:
         """Return the share of the dense network's multiply-adds that come before a cut point."""
@@ -301,8 +313,7 @@ class Workbench:
         On some of both, enough to see whether those images are unlike what the network was trained on.
         """
         model = cut(self.original, Cut())
-        batches = self.placed(self.task.val_batches(self._batch)) if self._val is None else self._val
-        some, images = list(until(batches, _COMPARED)), list(until(self._calibration, _COMPARED))
+        some, images = list(until(self._val, _COMPARED)), list(until(self._calibration, _COMPARED))
         with suited_threads(self.macs):
             recalibrate(model, images, self._running, self._threads)
             found = [self._measured(m, some, self.precision) for m in (self.original, model)]
@@ -317,3 +328,9 @@ class Workbench:
     def whole(self) -> Samples:
         """What the network that candidates are cut from does there, before anything is removed."""
         return self.dense if self.weights is None else self.measure(self.model)
+
+
+def _taken(outputs: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield what a list holds, which is empty in the end."""
+    while outputs:
+        yield outputs.pop(0)

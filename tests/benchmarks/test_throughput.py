@@ -1,9 +1,13 @@
 """The throughput benchmark compares equal work: its masked network is the smaller one, and what it prints is right."""
 
+import json
+import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 import torch
 
 from autoprune.models import build
+from autoprune.policy import Policy
 from autoprune.structure import cut
 from autoprune.task import Task
 
@@ -58,9 +63,34 @@ def test_only_the_groups_that_are_named_lose_channels(ours: Any) -> None:
     assert all(name.endswith(".conv1") for name in ours.names)
 
 
-def test_the_framework_s_time_is_taken_without_the_network_s(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_framework_s_time_has_a_line_on_disk_and_no_pass_of_the_network(
+    ours: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
     monkeypatch.setattr(ours.bench, "recover", None)  # would fail
-    assert 0 < ours.overhead(3) < 10
+    monkeypatch.setattr(os, "fsync", synced.append)
+    ledger = tmp_path / "ledger.jsonl"
+    assert ours.overhead(ledger, 3) > 0
+    assert [json.loads(line)["arm"] for line in ledger.read_text().splitlines()] == ["search"] * 3
+    assert len(synced) == 3
+
+
+def test_an_agent_s_own_time_leaves_out_the_answers(
+    script: ModuleType, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Policy] = []
+    real = script.SyntheticEvaluator.submit
+
+    def slow(self: Any, policy: Policy) -> Any:
+        asked.append(policy)
+        time.sleep(0.2)
+        return real(self, policy)
+
+    monkeypatch.setattr(script.SyntheticEvaluator, "submit", slow)
+    found = script.proposing(ours, ["random", "tpe"], 6)
+    assert list(found) == ["random", "tpe"]
+    assert len({policy.id for policy in asked}) >= 6
+    assert 0 < found["random"] < 0.2
 
 
 def test_cells_are_counted(script: ModuleType, ours: Any) -> None:
@@ -126,12 +156,13 @@ def test_the_table_has_the_ratios(script: ModuleType) -> None:
             "spent": {"aten::conv": 0.6, "aten::add": 0.1},
             "race": {"policies": 9, "stopped": 4, "samples": 0.6, "times": 1.25, "tau": 0.9, "error": 0.013},
             "overhead": 0.003,
+            "agents": {"tpe": 0.0123, "random": 0.0004},
             "share": 0.42,
         }
     )
     assert "| ours | 0 | 2.00 (2.00 to 2.00) | 30 | 2.5 | 4.0 |" in text
     assert re.search(r"4\.5 times as fast; 25% of the multiply-adds ran", text)
     assert "ModelOpt 0.47.0 scores single layers in 4.00 s each: 6.0 times as long as our cells, 1.3 as by hand" in text
-    assert "3.0 ms a candidate" in text
+    assert "3.0 ms a candidate; agents: tpe 12.3 ms, random 0.4 ms. Share" in text
     assert "on one thread: conv 60%, add 10%." in text
     assert "over 9 random policies: 4 were stopped, 60% of the samples were measured, 1.25 times as fast" in text

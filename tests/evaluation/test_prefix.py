@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.evaluation import Evaluator, Workbench, workbench
+from autoprune.evaluation import Evaluator, Workbench
 from autoprune.evaluation.prefix import Prefix
 from autoprune.scoring import Evidence, removal_orders
 from autoprune.scoring.l1 import L1
@@ -152,6 +152,18 @@ class NormTwice(nn.Module):
         return self.fc(self.down(F.relu(self.up(x))).mean((2, 3)))
 
 
+class Widening(nn.Module):
+    """Narrow, then wide, then what is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(1, 2, **CONV), nn.Conv2d(2, 12, **CONV)
+        self.up, self.down, self.fc = nn.Conv2d(12, 8, **CONV), nn.Conv2d(8, 6, **CONV), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.down(F.relu(self.up(self.wide(F.relu(self.narrow(x)))))).mean((2, 3)))
+
+
 def task_of(make: Callable[[], nn.Module]) -> Task:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -213,10 +225,43 @@ class TestProbe:
         bench.probe({"second.up": 2})
         assert ran == ["block", "block"] * 2  # one pass to fit, one batch to measure
 
-    def test_a_network_that_reaches_around_the_cut_point_runs_as_a_whole(self) -> None:
+    def test_a_network_that_reaches_around_a_block_begins_before_it(self) -> None:
         bench = bench_of(Skipping)
         bench.probe({"second.up": 2})
-        assert bench.executed == [1.0]
+        stem, block = 1 * 9 * 6, 2 * 6 * 8 * 9  # multiply-adds of one position
+        assert bench.executed == [pytest.approx(1 - 64 * stem / (64 * (stem + 2 * block) + 6 * 4))]
+
+    @pytest.mark.parametrize(
+        ("precision", "room", "begins_after"),
+        [
+            ("float32", 130 * 3072, "wide"),
+            ("float32", 130 * 3072 - 1, "narrow"),
+            ("bfloat16", 80 * 3072 + 50 * 1536, "wide"),
+            ("bfloat16", 80 * 3072 + 50 * 1536 - 1, "narrow"),
+            ("float32", 130 * 512, "narrow"),
+            ("float32", 130 * 512 - 1, None),
+        ],
+    )
+    def test_it_begins_as_late_as_there_is_room_for(self, precision: str, room: int, begins_after: str | None) -> None:
+        """80 images are fitted on, in float32, and 50 measured; 2 and 12 channels of 64 numbers are kept of each."""
+        bench = bench_of(Widening, precision=precision, activations_memory=room)
+        probed = bench.probe({"up": 3})
+        assert (None if bench._kept is None else bench._kept[0].name) == begins_after
+        assert (bench.executed[0] < 1) == (begins_after is not None)
+        whole = bench.measure(bench.recovered({"up": 3}))
+        torch.testing.assert_close(probed.losses, whole.losses, rtol=0, atol=1e-6)
+
+    def test_what_is_kept_makes_room_as_the_next_is_computed(self) -> None:
+        bench = bench_of(Staged)
+        bench.probe({"first.up": 2})
+        before = bench._kept
+        assert before is not None
+        sizes = [sum(outputs.nbytes for outputs in kept) for kept in before[1:]]
+        assert sizes == [80 * 6 * 64 * 4, 50 * 6 * 64 * 4]
+        bench.probe({"second.up": 2})
+        assert before[1:] == ([], [])
+        assert bench._kept is not None
+        assert [len(kept) for kept in bench._kept[1:]] == [1, 1]
 
     @pytest.mark.parametrize(
         "options", [{"activations_memory": 1000}, {"rung": "recalibrated"}], ids=["memory", "recalibrated"]
@@ -240,12 +285,6 @@ class TestProbe:
         assert bench._kept is not None
         bench.forget()
         assert bench._kept is None
-
-    def test_validation_data_that_is_not_kept_runs_through_the_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workbench, "_IN_MEMORY", 0)
-        bench = bench_of(Staged)
-        bench.probe({"second.up": 2})
-        assert bench.executed == [1.0]
 
     def test_the_network_is_as_before(self) -> None:
         bench = bench_of(Staged)
@@ -274,6 +313,19 @@ class TestPoints:
 
     def test_weights_that_are_read_without_a_call_count_from_the_start(self) -> None:
         assert self.points(Functional) == {"a": None, "b": None}
+
+    def test_a_module_is_verified_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tried: list[str] = []
+        real = Prefix._stands
+
+        def stands(self: Prefix, call: Any) -> Any:
+            tried.append(call.name)
+            return real(self, call)
+
+        monkeypatch.setattr(Prefix, "_stands", stands)
+        points = self.points(Remembering)
+        assert points["second.up"] is not None
+        assert len(tried) == len(set(tried)) > 2
 
     def test_a_block_that_goes(self) -> None:
         model = task_of(Staged).model.eval()

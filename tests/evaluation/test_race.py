@@ -81,7 +81,7 @@ def racing(task: Task, plain: Evaluator, rival: Policy | None) -> Pipeline:
     bench = plain.bench
     raced = Workbench(task, bench.structure, bench.orders, 200, 0, "recalibrated", race=True)
     raced._batch = 4
-    raced._val = raced._in_memory()
+    raced._val = raced._validation()
     return Pipeline(raced, Recovery(200), 0, rival)
 
 
@@ -120,9 +120,9 @@ class TestPipeline:
     ) -> None:
         plain = make_evaluator(task).bench
         one, other = (
-            Workbench(task, plain.structure, plain.orders, 200, seed, race=True)._in_memory() for seed in (0, 0)
+            Workbench(task, plain.structure, plain.orders, 200, seed, race=True)._validation() for seed in (0, 0)
         )
-        (targets,) = (targets for _, targets in one)
-        assert torch.equal(targets, other[0][1])
+        ((_, targets),) = one
+        assert torch.equal(targets, next(iter(other))[1])
         assert not torch.equal(targets, torch.arange(101) % 4)  # as they come
         assert targets.bincount().tolist() == [26, 25, 25, 25]
