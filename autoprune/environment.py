@@ -169,10 +169,11 @@ class PruningEnv(gymnasium.Env[Array, Array]):
     budget (Algorithm 1) behind the agent's back, so that the agent learns from an action that was never executed.
 
     ## Action Space
-    `Box(-1, 1, (1,))`. An action `a` removes `round(lo + u (hi - lo))` elements with `u = (a + 1) / 2`, where `lo` is
-    the fewest that still let the budget be met when all groups to come lose the most they may, and `hi` is the most
-    that the group may lose. So every episode meets the budget, and a cheaper policy than the budget asks for is
-    allowed. Where `lo == hi`, the action has no effect.
+    `Box(-1, 1, (1,))`. An action `a` removes as many elements as are nearest to `lo + u (hi - lo)`, with
+    `u = (a + 1) / 2`, of the numbers that the group allows (`Group.nearest`: what stays may have to be a multiple).
+    `lo` is the fewest that still let the budget be met when all groups to come lose the most they may, and `hi` is the
+    most that the group may lose. So every episode meets the budget, and a cheaper policy than the budget asks for is
+    allowed. Actions that come to the same number are the same to the environment; where `lo == hi`, all are.
 
     ## Observation Space
     `Box(0, 1, (18,))`, the fields of `Observation`: features of the group that is decided next, the same after `reset`

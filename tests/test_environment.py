@@ -43,6 +43,13 @@ def make(**changes: Any) -> PruningEnv:
     return PruningEnv(**arguments | changes)
 
 
+def in_multiples(multiple: int) -> FeasibleSet:
+    """Return the policies of three groups of which a multiple stays."""
+    feasible = chain((8, 12, 16))
+    groups = tuple(dataclasses.replace(group, multiple=multiple) for group in feasible.structure)
+    return FeasibleSet.build(dataclasses.replace(feasible.structure, groups=groups), feasible.costs, feasible.budget)
+
+
 def action(value: float) -> np.ndarray:
     return np.array([value], dtype=np.float32)
 
@@ -124,6 +131,39 @@ def test_an_action_is_a_fraction_of_what_is_feasible(index: int, before: float, 
     assert info["saturated"] == (low == high)
 
 
+@given(st.lists(st.floats(-1, 1, width=32), min_size=3, max_size=3))
+def test_a_group_in_multiples_loses_the_nearest_number_it_allows(values: list[float]) -> None:
+    env = make(feasible=in_multiples(4))
+    env.reset()
+    for value in values:
+        low, high = env.interval
+        wanted = low + (float(np.float32(value)) + 1) / 2 * (high - low)
+        removed = env.decide(action(value))[2]["removed"]
+        assert removed in range(low, high + 1, 4)
+        assert abs(removed - wanted) == min(abs(number - wanted) for number in range(low, high + 1, 4))
+
+
+@pytest.mark.parametrize(("value", "removed"), [(-0.6, 0), (-0.4, 4), (0.4, 4), (0.6, 8)])
+def test_numbers_in_multiples(value: float, removed: int) -> None:
+    env = make(feasible=in_multiples(4))
+    env.reset()
+    env.decide(action(1.0))
+    assert env.interval == (0, 8)
+    assert env.decide(action(value))[2]["removed"] == removed  # nearest to 1.6, 2.4, 5.6 and 6.4
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=4, max_size=4))
+def test_actions_that_come_to_the_same_number_are_the_same(values: list[float]) -> None:
+    drawn, exact = make(), make()
+    assert np.array_equal(drawn.reset()[0], exact.reset()[0])
+    for name, value in zip(FEASIBLE.structure.names, values, strict=True):
+        observation, reward, over, _, info = drawn.step(action(value))
+        executed = exact.action_for(Policy({name: info["removed"] / FEASIBLE.structure[name].size}))
+        again, same_reward, same_over, _, same_info = exact.step(executed)
+        assert np.array_equal(observation, again)
+        assert (reward, over, info["removed"]) == (same_reward, same_over, same_info["removed"])
+
+
 def test_both_ends_of_the_interval_are_reached() -> None:
     for value, end in ((-1.0, 0), (1.0, 1)):
         env = make()
@@ -191,18 +231,59 @@ def test_slots_mean_the_same_at_reset_and_at_step() -> None:
     assert {name: getattr(first, name) for name in constant} == {name: getattr(second, name) for name in constant}
 
 
-def test_reduced_rest_and_last_are_shares_of_the_cost() -> None:
-    observations, infos, _ = walk(make(), [1.0, -1.0, 1.0, 0.0])
-    dense = FEASIBLE.costs.dense.macs
-    removed = np.zeros(4, dtype=np.int64)
-    for index, info in enumerate(infos):
-        removed[index] = info["removed"]
-        seen = observations[index + 1]
+def test_the_observation_at_reset() -> None:
+    # Of 4 and 6 channels 3 and 5 may go. Multiply-adds on 8x8 pixels, of the whole network and of the smallest:
+    first, second, last = 64 * 9 * 3 * 4, 64 * 9 * 4 * 6, 6 * 10
+    whole, smallest = first + second + last, 64 * 9 * 3 * 1 + 64 * 9 * 1 * 1 + 1 * 10
+    feasible = chain((4, 6), "macs<=40%")
+    observation, info = make(feasible=feasible).reset()
+    at_reset = {
+        "position": 0,
+        "size": 4 / 6,
+        "cost": (first + second) / whole,
+        "target": 0.4,
+        "fewest": 1
+        / 4,  # with 1 of conv2's left: 64 * 9 * (3 * 3 + 3 * 1) + 10 is below 40 %, and 4 in place of 3 are not
+        "most": 3 / 4,
+        "reduced": 0,
+        "rest": 1 - smallest / whole,
+        "last": 0,
+    }
+    seen = Observation(*observation.tolist())._asdict()
+    assert seen == pytest.approx(dict.fromkeys(Observation._fields, 0) | at_reset, abs=1e-6)
+    assert info == {"group": "conv1"}
+    observations, _, _ = walk(make(feasible=feasible), [-1.0])
+    assert observations[1].cost == pytest.approx((second + last) / whole)
+
+
+@pytest.mark.parametrize(("budget", "metric"), [("macs<=50%", "macs"), ("params<=50%", "params")])
+def test_reduced_rest_and_last_are_shares_of_the_cost(budget: str, metric: str) -> None:
+    feasible = chain((6, 8, 12, 5), budget, bounds={"conv2": (0.25, 0.75)})
+    observations, infos, _ = walk(make(feasible=feasible), [1.0, -1.0, 1.0, 0.0])
+
+    def saved(removed: np.ndarray) -> float:
+        cost, dense = (getattr(costs, metric) for costs in (feasible.costs.cost(removed), feasible.costs.dense))
+        return float(1 - cost / dense)
+
+    removed = feasible.lower.copy()  # conv2 loses 2 in any case
+    for decided, seen in enumerate(observations):  # at reset none is
+        if decided:
+            removed[decided - 1] = infos[decided - 1]["removed"]
         left = removed.copy()
-        left[index + 1 :] = FEASIBLE.upper[index + 1 :]
-        assert seen.reduced == pytest.approx(1 - FEASIBLE.costs.cost(removed).macs / dense, abs=1e-6)
-        assert seen.reduced + seen.rest == pytest.approx(1 - FEASIBLE.costs.cost(left).macs / dense, abs=1e-6)
-        assert seen.last == pytest.approx(info["removed"] / FEASIBLE.sizes[index], abs=1e-6)
+        left[decided:] = feasible.upper[decided:]
+        assert seen.reduced == pytest.approx(saved(removed), abs=1e-6)
+        assert seen.reduced + seen.rest == pytest.approx(saved(left), abs=1e-6)
+        last = infos[decided - 1]["removed"] / feasible.sizes[decided - 1] if decided else 0
+        assert seen.last == pytest.approx(last, abs=1e-6)
+    assert observations[0].reduced > 0
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_cost_is_the_share_of_the_multiply_adds_from_reset_on(order: str) -> None:
+    groups, seen, _ = episode(make(), 0.0, order=order)
+    shares = [FEASIBLE.costs.macs_share(group) for group in groups]
+    assert [o.cost for o in seen] == pytest.approx(shares)
+    assert len(set(shares)) == 4
 
 
 def test_fewest_and_most_are_the_interval() -> None:
@@ -426,6 +507,27 @@ def test_an_episode_may_have_a_part_of_the_budget(share: float) -> None:
 def test_options_that_do_not_exist_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="`order` is one of forward, reverse, random and `0 <= share <= 1`"):
         make().reset(options=wrong)
+
+
+def test_the_share_of_decisions_without_a_choice() -> None:
+    feasible = chain((8, 8), bounds={"conv1": (0.5, 0.5)})
+    env = make(feasible=feasible)
+    assert env.saturated is None
+    env.reset()
+    assert env.interval == (4, 4)
+    env.step(action(0.0))
+    assert env.saturated == 1.0
+    # 64 * 9 * (3 * 4 + 4 * 7) + 70 is within half of 64 * 9 * (3 * 8 + 8 * 8) + 80, and 8 in place of 7 are not.
+    assert env.interval == (1, 7)
+    env.step(action(0.0))
+    assert env.saturated == 1 / 2
+    lane, quiet = env.beside(), env.without_evaluation()
+    episode(quiet, 0.0)
+    assert (quiet.saturated, env.saturated) == (1 / 2, 1 / 2)
+    lane.reset()
+    lane.step(action(0.0))
+    assert env.saturated == lane.saturated == 2 / 3
+    assert quiet.saturated == 1 / 2
 
 
 def test_trying_out_measures_nothing_and_leaves_the_episode() -> None:
