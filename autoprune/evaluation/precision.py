@@ -277,8 +277,8 @@ class _Run:
         apart = [_apart(*pair) for pair in pairs]
         if self.precision.dtype == "float32":
             largest = float(expected[expected.isfinite()].abs().max()) if bool(expected.isfinite().any()) else 0.0
-            outputs = (some.reshape(there, -1) for some in (expected, self.outputs))
-            apart.append(_apart(*outputs, EXACT * largest).any(1))
+            outputs = _apart(expected, self.outputs, EXACT * largest)
+            apart.append(outputs.reshape(there, -1).any(1))
         seconds = min(self.seconds, default=self.part)
         return Trial(self.precision, round(1000 * seconds, 4), float(torch.stack(apart).any(0).float().mean()))
 
