@@ -253,15 +253,15 @@ def _fidelity(run: Run) -> str:
         seconds = [_seconds(one.get(key)) for key in ("seconds", "last_seconds")]
         taus = [tau(one["all"]), tau(one["better"])]
         rows.append(("", [known, seconds[0], last, seconds[1], str(one["candidates"]), *taus]))
-    headings = ["Known", "Each", "Compared with", "Each", "Candidates", "All", "Better half"]
+    headings = ["Known", "Time each", "Compared with", "Time each", "Candidates", "All", "Better half"]
     table = html_table(headings, rows, text_columns=(0, 2)) if rows else ""
     said = f"<p class='caption'>{escaped(promoted(learnt))}</p>" if learnt else ""
     return (
         "<section><h2>How well cheap knowledge ranks</h2><p class='caption'>Kendall's tau between what is known early "
         "of a candidate and its accuracy at a later rung, over the candidates that reached it, and over the better "
-        "half of them: 1 is the same order, 0 is none. In brackets, bootstrap intervals of 95&nbsp;%. Each: the time "
-        "that a candidate took from the dense network to there, median, where it is known.</p>"
-        f"{table}{said}</section>"
+        "half of them: 1 is the same order, 0 is none. In brackets, bootstrap intervals of 95&nbsp;%. Time each: "
+        "what a candidate took from the dense network to there, median, where it is known.</p>"
+        f"{said}{table}</section>"
     )
 
 
