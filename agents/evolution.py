@@ -35,6 +35,9 @@ class EvolutionAgent:
     * A search has tens of evaluations where EvoPress has thousands: generations are small, and one begins with who has
       survived by then, without waiting for what is still under way.
 
+    Without warm starts, on the synthetic problem of `autoprune.testing` with six groups, its best of 20 is random's
+    (0.001 above, within the noise), and its best of 40 is 0.02 above (means over four problems and two seeds).
+
     Args:
         offspring: Policies of a generation.
         survivors: How many of the best are bred from; others only where these have nothing new to offer.
