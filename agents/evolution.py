@@ -27,13 +27,16 @@ class EvolutionAgent:
 
     * A level is any number of elements, and levels of different groups save differently, so others get back as much as
       the exact cost allows (see `switched`); EvoPress switches between layers of one size, in steps of one size.
-    * EvoPress tests all offspring on few samples and its survivors on ever more. How much is measured of a candidate,
-      and how far it is recovered before, is the evaluator's to say here (`--race` stops at the first samples who is
-      clearly worse; `--promote` goes on with the best), so that all agents are compared at the same fidelity: offspring
-      are compared by their value, and of equal ones the one that was evaluated first survives.
+    * EvoPress tests all offspring on few samples and its survivors on ever more. This agent does not: all agents are
+      compared at the same fidelity, so how much is measured of a candidate, and how far it is recovered before, is the
+      evaluator's to say (`--race` stops at the first samples who is clearly worse; `--promote` goes on with the best).
+      Offspring are compared by their value, and of equal ones the one that was evaluated first survives.
     * The first generation is the warm starts; without any, the uniform policy, as in EvoPress.
     * A search has tens of evaluations where EvoPress has thousands: generations are small, and one begins with who has
       survived by then, without waiting for what is still under way.
+
+    Without warm starts, on the synthetic problem of `autoprune.testing` with six groups, its best of 20 is random's
+    (0.001 above, within the noise), and its best of 40 is 0.02 above (means over four problems and two seeds).
 
     Args:
         offspring: Policies of a generation.

@@ -293,7 +293,9 @@ class CMAESAgent(_Named):
 
     Begins in the middle of the space; with warm starts, around the one that measures best, by Nomura et al. 2021
     (https://doi.org/10.1609/aaai.v35i10.17109). With one dimension, where there is nothing to adapt, points are random.
-    See `Agent` for the contract.
+    Not for few candidates without warm starts: on the synthetic problem of `autoprune.testing` with six groups its best
+    is 0.007 below random's after 20, and 0.009 above after 40 (means over four problems and two seeds). See `Agent` for
+    the contract.
 
     Args:
         population: Candidates of a generation. None: a tenth of the evaluations, at least 4, at most the 4 + 3 ln n

@@ -1,3 +1,4 @@
+import importlib
 import os
 import re
 import subprocess
@@ -5,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from autoprune.agents.base import Agent
+from autoprune.testing import AgentContract
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -32,3 +36,13 @@ def test_an_example_runs(script: str, prints: str, tmp_path: Path) -> None:
 
 def test_every_example_is_run() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {"own_model.py", "own_agent.py"}
+
+
+class TestOwnAgent(AgentContract):
+    """The agent of an example keeps the contract."""
+
+    @pytest.fixture
+    def agent(self, monkeypatch: pytest.MonkeyPatch) -> Agent:
+        monkeypatch.syspath_prepend(EXAMPLES)  # from where another process imports it, too
+        own: Agent = importlib.import_module("own_agent").HillClimber()
+        return own

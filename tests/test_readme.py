@@ -1,13 +1,16 @@
 """What the README shows is there: its Python parses and uses names that exist, its commands and options have help."""
 
 import ast
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -158,28 +161,39 @@ class TestTheTestsBite:
         assert command_faults(["autoprune", "search", "--agent", "tpe", "--agents=tpe"]) == ["search has no --agents"]
 
 
-def classes_in_readme() -> dict[str, type]:
-    """Return the classes that the README's Python defines."""
-    namespace: dict[str, object] = {"__name__": "readme"}
-    for block in python_blocks((ROOT / "README.md").read_text(encoding="utf-8")):
-        if re.search(r"^class ", block, re.M):
-            exec(block, namespace)
-    return {name: value for name, value in namespace.items() if isinstance(value, type)}
+class_blocks = [
+    block
+    for block in python_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    if re.search(r"^class ", block, re.M)
+]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """A module of the classes that the README shows; another process finds it as well."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "shown_in_readme.py").write_text("\n".join(class_blocks), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield importlib.import_module("shown_in_readme")
 
 
 class TestReadmeSpace(SearchSpaceContract):
     """The search space that the README shows keeps the contract."""
 
     @pytest.fixture
-    def make_space(self):
-        return classes_in_readme()["Quadratic"]
+    def make_space(self, shown):
+        return shown.Quadratic
 
 
 class TestReadmeAgent(AgentContract):
     """So does the agent."""
 
     @pytest.fixture
-    def agent(self):
-        return classes_in_readme()["HillClimber"]()
+    def agent(self, shown):
+        return shown.HillClimber()
 
-    test_same_seed_gives_same_policies_in_another_process = None  # it would need the README there as well
+    def test_an_agent_is_short(self):
+        """With its imports, as it stands there."""
+        (block,) = (block for block in class_blocks if "class HillClimber" in block)
+        assert len(block.splitlines()) < 30

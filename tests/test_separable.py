@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoprune.separable import allocate, hull, ranking, threshold
-from autoprune.testing import chain
+from autoprune.testing import SyntheticEvaluator, chain
 
 SIZES = (8, 16, 12)
 
@@ -44,6 +44,24 @@ class TestAllocate:
         best = min(total(removed) for removed in grid if feasible.utilisation(removed) <= 1)
         found = total(counts(feasible, allocate(feasible, losses)))
         assert best - 1e-12 <= found <= 1.15 * best
+
+    def test_on_more_groups_it_is_mostly_the_best_and_at_worst_near_it(self):
+        gaps = []
+        for widths in [(8, 8, 16, 16, 8), (12, 10, 8, 16, 12, 8)]:
+            for budget in ["macs<=50%", "macs<=15%", "params<=40%"]:
+                feasible = chain(widths, budget)
+                for seed in range(4, 10):
+                    problem = SyntheticEvaluator(feasible, evaluations=1, seed=seed, interaction=0.0)
+                    losses = [
+                        lambda removed, weight=weight, power=power, size=size: weight * (removed / size) ** power
+                        for weight, power, size in zip(problem.weights, problem.powers, feasible.sizes, strict=True)
+                    ]
+                    found, best = allocate(feasible, losses), problem.optimum()
+                    gaps.append((1 - problem.accuracy(found)) / (1 - problem.accuracy(best)) - 1)
+        assert min(gaps) >= -1e-12
+        assert np.mean(gaps) < 0.015
+        assert max(gaps) < 0.16
+        assert np.mean(np.array(gaps) < 1e-12) > 0.7
 
     def test_a_group_that_costs_nothing_goes_first(self):
         feasible = chain(SIZES, budget="macs<=70%")
