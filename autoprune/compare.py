@@ -31,7 +31,7 @@ from autoprune.export import load
 from autoprune.finaliser import FULL_LR, read_test
 from autoprune.pareto import pick
 from autoprune.progress import Progress, Silent
-from autoprune.result import measured, open_run, record_of, render
+from autoprune.result import dense_as_searched, measured, open_run, record_of, render
 from autoprune.run import FORMAT, RunFolder, write_json
 from autoprune.search import identity_of, search, versions
 from autoprune.sensitivity import SensitivityReport
@@ -48,6 +48,7 @@ _OWN = ("agent", "agent_seed")  # settings that the comparison makes
 _UNEQUAL = {
     "max_drop": "agents are compared by their accuracy within a budget",
     "time_limit": "agents are compared at equal evaluations, whatever time they take",
+    "protocol": "agents are compared by their accuracy within a budget",
 }
 _SHARED = ("sensitivity", "precision", "latency", "moments", "shared", "shared_moments", "baseline")
 
@@ -285,8 +286,9 @@ def _options(settings: Mapping[str, Any]) -> SearchSettings:
     for name in _OWN:
         if name in settings:
             raise ConfigError(f"`{name}` is what is compared; give `agents` and `seeds`")
+    plain = SearchSettings()
     for name, reason in _UNEQUAL.items():
-        if settings.get(name) is not None:
+        if name in settings and settings[name] != getattr(plain, name):
             raise ConfigError(f"leave out `{name}`: {reason}")
     options = SearchSettings.of({**settings, "agent": RANDOM})
     if options.budget is None:
@@ -582,7 +584,8 @@ def _concluded(
     """Compare what the searches left, write it down, and draw the page."""
     from autoprune.report import write_comparison  # loads plotly
 
-    dense = runs[0].folder.read(runs[0].folder.result)["dense"]
+    summary = runs[0].folder.read(runs[0].folder.result)
+    dense = {**summary["dense"], **dense_as_searched(summary)}  # beside picks whose numbers are the ledgers'
     agents = tuple(dict.fromkeys(run.agent for run in runs))
     traces = {agent: [_trace(run) for run in runs if run.agent == agent] for agent in agents}
     found = standings(

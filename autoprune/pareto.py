@@ -163,12 +163,15 @@ def pick(
     dense_accuracy: float | None = None,
     fits: Callable[[P], bool] | None = None,
     budget_text: str = "the budget",
+    reward: Callable[[P], float] | None = None,
+    reward_text: str = "reward",
 ) -> tuple[P, str]:
     """Return the candidate to keep and, in one phrase, the rule that chose it.
 
     With `max_drop` the cheapest (in MACs; of equal ones the most accurate) that loses no more than that; with `fits`
     the most accurate (of equal ones the cheapest) that meets the budget; with both the cheapest that does both; with
-    neither the knee of the front.
+    neither the knee of the front. With `reward` the highest (of equal ones the cheapest), of all or of those that meet
+    the budget.
 
     Args:
         points: The candidates to choose from; failed ones left out.
@@ -176,6 +179,8 @@ def pick(
         dense_accuracy: What the loss is counted from.
         fits: Whether a candidate meets the budget.
         budget_text: The budget in the user's words, for the rule and for errors.
+        reward: What to pick by in place of the accuracy; not together with `max_drop`.
+        reward_text: The reward in words, for the rule.
 
     Raises:
         ConfigError: No candidate qualifies (the message states the best there is), or the arguments contradict.
@@ -183,13 +188,17 @@ def pick(
     candidates = sorted(points, key=_cheapest_first)
     for point in candidates:
         _gains(point, OBJECTIVES)  # refuses what failed
-    if max_drop is None and fits is None:
+    if reward is not None and max_drop is not None:
+        raise ConfigError("a reward weighs accuracy against cost by itself; give `reward` or `max_drop`")
+    if max_drop is None and fits is None and reward is None:
         return knee(candidates), "knee of the front"
     if not candidates:
         raise ConfigError("no candidate was measured, so there is none to pick; let the search evaluate at least one")
     fitting = candidates if fits is None else [point for point in candidates if fits(point)]
     if not fitting:
         raise ConfigError(_nothing_fits(candidates, budget_text))
+    if reward is not None:
+        return max(fitting, key=reward), f"highest {reward_text}" + ("" if fits is None else f" within {budget_text}")
     if max_drop is None:
         return min(fitting, key=_best_first), f"most accurate within {budget_text}"
     if not 0.0 <= max_drop < 1.0:

@@ -8,10 +8,11 @@ from typing import Any
 
 from autoprune.cost import Budget, Cost, Limit
 from autoprune.errors import ConfigError, RunError, TaskError
-from autoprune.evaluation import AGREEMENT, Candidate, Evaluator, Measurement
+from autoprune.evaluation import AGREEMENT, Candidate, Evaluator, Measurement, Workbench
 from autoprune.finaliser import FULL_LR, PrunedNetwork
 from autoprune.pareto import front, hypervolume, pick
 from autoprune.preparation import Prepared, evaluator_of, prepare
+from autoprune.rewards import PROTOCOLS, WEIGHED
 from autoprune.run import FORMAT, RunFolder, write_json
 from autoprune.sensitivity import SensitivityReport
 from autoprune.settings import SearchSettings
@@ -20,6 +21,9 @@ from autoprune.tracking import MLflowTracker, Tracker
 
 __all__ = [
     "SearchResult",
+    "dense_as_searched",
+    "final_dense",
+    "final_point",
     "measured",
     "open_run",
     "pick_from",
@@ -44,8 +48,8 @@ class SearchResult:
 
     Attributes:
         run: The folder's path.
-        dense: Accuracy and cost of the dense network.
-        candidates: Everything evaluated, controls included, in order.
+        dense: Accuracy and cost of the dense network, in float32 as all that is final.
+        candidates: Everything evaluated, controls included, in order; in the precision of the search.
     """
 
     def __init__(
@@ -79,14 +83,16 @@ class SearchResult:
         Args:
             max_drop: The cheapest candidate that loses no more accuracy than this.
             budget: The most accurate candidate within these limits; with `max_drop`, both must hold. With neither, the
-                search's own budget or drop decides; if it had none, the knee of the front.
+                search's own protocol, budget or drop decides; if it had none, the knee of the front.
 
         Raises:
             ConfigError: No candidate qualifies.
         """
+        protocol, settings = "resource", self._prepared.settings
         if max_drop is None and budget is None:
-            max_drop, budget = self._prepared.settings.max_drop, self._prepared.settings.budget
-        return self.network(*pick_from(self._evaluator, self.dense, max_drop, budget))
+            max_drop, budget, protocol = settings.max_drop, settings.budget, settings.protocol
+        dense_accuracy = dense_as_searched(self.summary)["accuracy"]
+        return self.network(*pick_from(self._evaluator, dense_accuracy, max_drop, budget, protocol))
 
     def network(self, candidate: Candidate, rule: str = "chosen by hand") -> PrunedNetwork:
         """Return any candidate of this search as a network, rebuilt and measured again.
@@ -124,13 +130,15 @@ class SearchResult:
             )
         chosen = network.candidate
         level = self._level(chosen)
-        uniform = uniform_at(self._prepared, self._evaluators[level], chosen.cost)
+        evaluator = self._evaluators[level]
+        uniform = uniform_at(self._prepared, evaluator, chosen.cost)
+        picked = point_of(chosen, network.measured)
         self.summary = {
             **self.summary,
             "evaluations": len(self._evaluators[0].ledger),
             "rungs": rungs_of(self._evaluators),
-            "picked": point_of(chosen) | {"removed": dict(chosen.removed), "rule": network.rule, "level": level},
-            "uniform": None if uniform is None else point_of(uniform),
+            "picked": picked | {"removed": dict(chosen.removed), "rule": network.rule, "level": level},
+            "uniform": final_point(evaluator, uniform, network),
             "predicted": predicted(self._folder, chosen),
         }
         network.save(self._folder.pruned)
@@ -242,9 +250,10 @@ def measured(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 def pick_from(
     evaluator: Evaluator,
-    dense: Mapping[str, Any],
+    dense_accuracy: float,
     max_drop: float | None,
     budget: str | None,
+    protocol: str = "resource",
     *,
     fall_back: bool = False,
 ) -> tuple[Candidate, str]:
@@ -252,9 +261,10 @@ def pick_from(
 
     Args:
         evaluator: Holds the ledger.
-        dense: The dense network's record, which the drop is counted from.
+        dense_accuracy: What the drop is counted from, measured as the candidates are.
         max_drop: Largest tolerated loss of accuracy.
         budget: Limits, as text.
+        protocol: What is raised; one of `autoprune.rewards.WEIGHED` is picked by, too.
         fall_back: Return the most accurate candidate where none is within the drop, and say so in the rule.
 
     Raises:
@@ -270,9 +280,16 @@ def pick_from(
     if failures and not choices:
         raise TaskError(f"all {len(failures)} candidates failed; the first: {failures[0]}; a lower lr may help")
     fits = None if budget is None else lambda candidate: limits.utilisation(candidate.cost, dense_cost) <= 1
-    text = str(limits)
     try:
-        return pick(choices, max_drop=max_drop, dense_accuracy=dense["accuracy"], fits=fits, budget_text=text)
+        return pick(
+            choices,
+            max_drop=max_drop,
+            dense_accuracy=dense_accuracy,
+            fits=fits,
+            budget_text=str(limits),
+            reward=PROTOCOLS[protocol] if protocol in WEIGHED else None,
+            reward_text=WEIGHED.get(protocol, ""),
+        )
     except ConfigError:
         if not (fall_back and choices and max_drop is not None):
             raise
@@ -336,17 +353,46 @@ def rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNetw
     return PrunedNetwork(evaluator, candidate, model, measured, rule)
 
 
-def point_of(candidate: Candidate) -> dict[str, Any]:
-    """Return a candidate as the result's files hold it."""
+def point_of(candidate: Candidate, measured: Measurement | None = None) -> dict[str, Any]:
+    """Return a candidate as the result's files hold it: as it was measured last, or as is given."""
+    last = measured or candidate.measurements[-1]
     return {
         "id": candidate.id,
         "arm": candidate.arm,
         "policy": dict(candidate.policy),
-        "accuracy": candidate.accuracy,
-        "accuracy_se": candidate.accuracy_se,
+        "accuracy": last.accuracy,
+        "accuracy_se": last.accuracy_se,
         **candidate.cost.to_dict(),
-        "fidelity": candidate.fidelity,
+        "fidelity": last.fidelity,
     }
+
+
+def final_point(evaluator: Evaluator, candidate: Candidate | None, picked: PrunedNetwork) -> dict[str, Any] | None:
+    """Return a candidate that stands beside the picked one, in float32; built and measured again if it was not so."""
+    if candidate is None:
+        return None
+    if candidate.id == picked.candidate.id:
+        return point_of(candidate, picked.measured)
+    if _is_full(evaluator.bench):
+        return point_of(candidate)
+    _, (again,) = evaluator.pipeline.recovered(candidate.policy, final=True)
+    return point_of(candidate, again)
+
+
+def final_dense(bench: Workbench) -> Measurement:
+    """Return what the dense network does on the validation split, in float32."""
+    samples = bench.dense if _is_full(bench) else bench.measure(bench.original, bench.precision.full)
+    return samples.summary("dense")
+
+
+def dense_as_searched(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the dense network does in the precision of the ledger: noted by itself where that is not float32."""
+    found: Mapping[str, Any] = summary.get("dense_as_searched", summary["dense"])
+    return found
+
+
+def _is_full(bench: Workbench) -> bool:
+    return bench.precision == bench.precision.full
 
 
 def record_of(measurement: Measurement) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Final
 
 from autoprune.evaluation import Candidate
 
-__all__ = ["PROTOCOLS", "Reward", "accuracy", "error_log_macs", "error_log_params", "within_drop"]
+__all__ = ["PROTOCOLS", "WEIGHED", "Reward", "accuracy", "error_log_macs", "error_log_params", "within_drop"]
 
 Reward = Callable[[Candidate], float]
 
@@ -54,3 +54,8 @@ PROTOCOLS: Final[Mapping[str, Reward]] = MappingProxyType(
     {"resource": accuracy, "accuracy": error_log_macs, "accuracy-params": error_log_params}
 )
 """AMC's protocols by name; the second for multiply-adds and for parameters."""
+
+WEIGHED: Final[Mapping[str, str]] = MappingProxyType(
+    {"accuracy": "-error * log(MACs)", "accuracy-params": "-error * log(parameters)"}
+)
+"""The protocols whose reward weighs accuracy against cost, so that it is picked by too, and that reward in words."""

@@ -43,6 +43,8 @@ from autoprune.progress import Progress, Silent
 from autoprune.result import (
     SearchResult,
     evaluators_of,
+    final_dense,
+    final_point,
     measured,
     pick_from,
     point_of,
@@ -608,23 +610,22 @@ class _Search:
     def conclude(
         self, arm: Arm, dense: Measurement, evaluators: Sequence[Evaluator]
     ) -> tuple[dict[str, Any], PrunedNetwork]:
-        """Pick, compare with the controls at the same cost, rebuild, save and report."""
+        """Pick, compare with the controls at the same cost, rebuild, save and report; final numbers are in float32."""
         evaluator = evaluators[-1]
-        costs, ledger = self.prepared.costs, evaluator.ledger
-        dense_record = record_of(dense) | costs.dense.to_dict()
+        costs, ledger, settings = self.prepared.costs, evaluator.ledger, self.settings
+        aim = (settings.max_drop, settings.budget, settings.protocol)
         known = -1
         while known < len(ledger):  # uniform at the picked one's cost may be the better pick
             known = len(ledger)
-            chosen, rule = pick_from(
-                evaluator, dense_record, self.settings.max_drop, self.settings.budget, fall_back=True
-            )
+            chosen, rule = pick_from(evaluator, dense.accuracy, *aim, fall_back=True)
             uniform = uniform_at(self.prepared, evaluator, chosen.cost)
         picked = rebuild(evaluator, chosen, rule)
         randoms = [c for c in ledger if c.arm == "random"]
-        comparable = [c for c in measured(randoms) if self.settings.budget is not None or c.macs <= chosen.macs]
+        comparable = [c for c in measured(randoms) if settings.budget is not None or c.macs <= chosen.macs]
         best_random = max(comparable, key=lambda c: c.accuracy, default=None)
+        precision = evaluator.bench.precision
         summary = {
-            "agent": self.settings.agent,
+            "agent": settings.agent,
             "evaluations": len(self.evaluator.ledger),
             "rungs": rungs_of(evaluators),
             "candidates": len(arm.candidates),
@@ -633,20 +634,23 @@ class _Search:
             "proposing_seconds": round(self.proposing, 3),
             "seconds": round(time.monotonic() - self.started, 1),
             "stopped": TIME_LIMIT if self.late else arm.stopped,
-            "dense": dense_record,
-            "budget": self.settings.budget,
-            "max_drop": self.settings.max_drop,
-            "picked": point_of(chosen) | {"removed": dict(chosen.removed), "rule": rule, "level": len(evaluators) - 1},
-            "uniform": None if uniform is None else point_of(uniform),
+            "dense": record_of(final_dense(evaluator.bench)) | costs.dense.to_dict(),
+            "budget": settings.budget,
+            "max_drop": settings.max_drop,
+            "picked": point_of(chosen, picked.measured)
+            | {"removed": dict(chosen.removed), "rule": rule, "level": len(evaluators) - 1},
+            "uniform": final_point(evaluator, uniform, picked),
             "random": {
                 "size": sum(c.arm == "random" for c in self.evaluator.ledger),
-                "best": None if best_random is None else point_of(best_random),
+                "best": final_point(evaluator, best_random, picked),
             },
             "predicted": predicted(self.folder, chosen),
             "fidelity": self._fidelity(evaluators),
             "promoted": self.promoted,
             "latency": self._latency(picked),
         }
+        if precision != precision.full:
+            summary["dense_as_searched"] = {"precision": str(precision)} | record_of(dense)
         write_front(self.folder, evaluator)
         picked.save(self.folder.pruned)
         write_json(self.folder.result, summary)

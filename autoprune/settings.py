@@ -26,7 +26,8 @@ class SearchSettings:
         budget: Upper limits on the cost, as in `macs<=50%` or `macs<=20M,params<=0.4`.
         max_drop: Largest tolerated loss of accuracy; without a budget the search looks for the cheapest network in it.
         protocol: What an agent with one objective raises (see `autoprune.rewards`): "resource", the accuracy within the
-            budget; "accuracy" or "accuracy-params", AMC's accuracy-guaranteed reward, for which no budget is needed.
+            budget; "accuracy" or "accuracy-params", AMC's accuracy-guaranteed reward, for which no budget is needed,
+            and by which the pick is made too.
         agent: Name of what proposes policies, with the settings that it brings.
         space: Name of the search space.
         candidates: Distinct policies that the agent may have evaluated.
@@ -48,7 +49,7 @@ class SearchSettings:
             that are not fine-tuned as they are proposed.
         lr: Peak learning rate of short fine-tuning, and of those steps.
         precision: What candidates are fine-tuned and measured in: "auto" (the fastest that agrees with float32 on this
-            machine), "float32" or "bfloat16". The saved network's numbers are in float32.
+            machine), "float32" or "bfloat16". The result's numbers are in float32.
         calibration_images: Augmented training images that batch-norm statistics and fits are made from.
         activations_memory: Bytes, in GB, that the dense network's activations may take while single groups are probed.
         moments_memory: Bytes, in GB, that the moments of the layers' inputs may take.

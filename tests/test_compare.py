@@ -215,6 +215,22 @@ def test_the_pick_is_the_agents_own(done: tuple[Path, Counting, Comparison]) -> 
             assert row.accuracies[seed] == max(candidate.accuracy for candidate in own if candidate is not None)
 
 
+def test_the_dense_network_stands_beside_picks_in_their_precision(tmp_path: Path) -> None:
+    def likelihood(outputs: Tensor, targets: Tensor) -> Tensor:  # in which every rounding shows
+        return outputs.softmax(1).gather(1, targets[:, None])[:, 0]
+
+    task = make_task(metric=likelihood)
+    result = run(tmp_path / "out", task, agents=[], seeds=1, precision="bfloat16", sensitivity=())
+    folder = RunFolder(tmp_path / "out" / "random" / "0")
+    written = folder.read(folder.result)
+    searched = written["dense_as_searched"]["accuracy"]
+    assert result.document["dense"]["accuracy"] == searched != written["dense"]["accuracy"]
+    assert result.document["dense"]["macs"] == written["dense"]["macs"]
+    ledger = Ledger(folder.ledger)
+    own = max(ledger.get(identity).accuracy for identity in written["proposed"])  # type: ignore[union-attr]
+    assert next(row for row in result.standings.table if row.agent == "random").accuracies == (own,)
+
+
 # -- going on ---------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +434,7 @@ def test_what_a_search_raises_in_its_process_is_raised_here_and_others_go_on(tmp
         ({"budget": None}, "needs a budget"),
         ({"max_drop": 0.1}, "leave out `max_drop`"),
         ({"time_limit": 10.0}, "leave out `time_limit`"),
+        ({"protocol": "accuracy"}, "leave out `protocol`: agents are compared by their accuracy within a budget"),
         ({"promote": 0.5, "finetune_steps": 1, "candidates": 8}, "leave out `promote`"),
         ({"agent": "tpe"}, "`agent` is what is compared"),
         ({"agent_seed": 1}, "give `agents` and `seeds`"),
@@ -442,6 +459,11 @@ def test_what_would_be_unequal_or_wrong_is_refused_before_anything_is_done(
     with pytest.raises(ConfigError, match=said):
         run(tmp_path / "out", **change)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_the_default_anyway_may_be_said(tmp_path: Path) -> None:
+    plain: dict[str, Any] = {"agents": [], "seeds": 1, "candidates": 1, "sensitivity": ()}
+    run(tmp_path / "out", protocol="resource", max_drop=None, time_limit=None, **plain)
 
 
 def test_an_unknown_agent_is_refused(tmp_path: Path) -> None:

@@ -257,6 +257,15 @@ class TestPick:
         )
         assert (point.id, rule) == ("p3", "cheapest within params<=40% and a drop of 0.05")
 
+    def test_a_reward_is_picked_by_and_of_equal_ones_the_cheaper(self):
+        point, rule = pick(self.points, reward=lambda point: -point.params, reward_text="-params")
+        assert (point.id, rule) == ("p3", "highest -params")
+        assert pick(self.points, reward=lambda point: round(point.accuracy, 1))[0].id == "p4"  # all are 0.9
+        point, rule = pick(
+            self.points, reward=lambda point: point.params, fits=lambda point: point.macs <= 50, budget_text="macs<=50%"
+        )
+        assert (point.id, rule) == ("p4", "highest reward within macs<=50%")
+
     def test_neither_is_the_knee(self):
         point, rule = pick(self.points)
         assert (point, rule) == (knee(self.points), "knee of the front")
@@ -297,6 +306,8 @@ class TestPick:
             pick(self.points, max_drop=0.01)
         with pytest.raises(ConfigError, match="no candidate was measured"):
             pick([], fits=lambda point: True)
+        with pytest.raises(ConfigError, match="give `reward` or `max_drop`"):
+            pick(self.points, max_drop=0.01, dense_accuracy=0.95, reward=lambda point: point.accuracy)
 
     def test_a_failed_candidate_is_refused(self):
         with pytest.raises(ConfigError, match="leave failed candidates out"):

@@ -28,7 +28,7 @@ from autoprune.agents.amc import AMCAgent
 from autoprune.agents.random import RandomAgent
 from autoprune.cost import Cost, CostModel, count
 from autoprune.data import TensorSplit
-from autoprune.environment import PruningEnv
+from autoprune.environment import Observation, PruningEnv, layer_facts
 from autoprune.errors import (
     ConfigError,
     DivergedError,
@@ -404,6 +404,66 @@ def test_the_picked_network_reloads_to_the_accuracy_that_was_measured(done: Done
         assert float(top1(program(images), targets).double().mean()) == pytest.approx(picked["accuracy"])
 
 
+def likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A score in which every rounding shows, `(n,)`."""
+    return outputs.softmax(1).gather(1, targets[:, None])[:, 0]
+
+
+def test_final_numbers_are_in_float32_and_the_search_in_its_own_precision(tmp_path: Path, light: None) -> None:
+    out, task = tmp_path / "run", make_task(metric=likelihood)
+    result = run(out, task, precision="bfloat16", sensitivity=(), candidates=4, max_drop=0.9)
+    written = read(out / "result.json")
+    ledger = {c.id: c for c in result.candidates}
+
+    def in_float32(model: nn.Module, fidelity: str) -> Measurement:
+        return measure(model, task.val_batches(33), likelihood, cross_entropy).summary(fidelity)
+
+    beside = {"picked": written["picked"], "uniform": written["uniform"], "random": written["random"]["best"]}
+    for point in beside.values():
+        own = in_float32(result.network(ledger[point["id"]]).model, "short")
+        assert point["accuracy"] == pytest.approx(own.accuracy, abs=1e-7)
+        assert point["accuracy_se"] == pytest.approx(own.accuracy_se, abs=1e-7)
+        assert point["fidelity"] == "short"
+    rounding = {abs(point["accuracy"] - ledger[point["id"]].accuracy) for point in beside.values()}
+    assert 2e-6 < max(rounding) < 0.01
+    assert len(rounding) > 1
+    reloaded = in_float32(export.load(out / "pruned", build=Net), "short")
+    assert written["picked"]["accuracy"] == pytest.approx(reloaded.accuracy, abs=1e-7)
+    dense, searched = in_float32(task.model, "dense"), written["dense_as_searched"]
+    for key in ("accuracy", "accuracy_se", "loss", "loss_se"):
+        assert written["dense"][key] == pytest.approx(getattr(dense, key), abs=1e-7)
+        assert searched[key] == getattr(result._prepared.bench.dense.summary("dense"), key)
+    assert searched["precision"] == "bfloat16 channels-last"
+    assert abs(searched["accuracy"] - dense.accuracy) > 2e-6
+    points = read(out / "front.json")["points"]
+    assert [point["accuracy"] for point in points] == [ledger[point["id"]].accuracy for point in points]
+    assert open_run(out, make_task(metric=likelihood)).summary == written
+    other = next(c for c in result.candidates if c.id != written["picked"]["id"])
+    result.choose(result.network(other))
+    chosen = read(out / "result.json")
+    assert chosen["picked"]["accuracy"] == result.network(other).accuracy
+    assert chosen["uniform"]["accuracy"] == result.network(ledger.get(chosen["uniform"]["id"], other)).accuracy
+
+
+def test_a_drop_counts_from_the_dense_network_in_the_precision_of_the_candidates(tmp_path: Path, light: None) -> None:
+    given: dict[str, Any] = {"precision": "bfloat16", "sensitivity": (), "candidates": 3, "finetune_steps": 0}
+    result = run(tmp_path / "run", make_task(metric=likelihood), **given)
+    best = max(result.candidates, key=lambda candidate: candidate.accuracy)
+    drop = result.summary["dense_as_searched"]["accuracy"] - best.accuracy
+    assert result.pick(max_drop=drop).candidate.id == best.id
+    with pytest.raises(ConfigError, match="none of"):
+        result.pick(max_drop=drop - 1e-7)
+
+
+def test_in_float32_the_result_is_what_the_ledger_says(done: Done) -> None:
+    assert "dense_as_searched" not in done.result.summary
+    ledger = {line["id"]: line["measurements"][-1] for line in ledger_of(done.out)}
+    for point in (done.result.summary["uniform"], done.result.summary["random"]["best"]):
+        assert {key: point[key] for key in ("accuracy", "accuracy_se", "fidelity")} == {
+            key: ledger[point["id"]][key] for key in ("accuracy", "accuracy_se", "fidelity")
+        }
+
+
 # ------------------------------------------------------------------------------------------- what it leaves alone
 
 
@@ -483,6 +543,20 @@ def test_the_tracker_hears_of_every_candidate_once_and_of_the_end(done: Done) ->
         path.name for path in finished["artifacts"]
     }
     assert isinstance(finished["model"], nn.Module)
+
+
+def test_how_many_decisions_had_no_choice_is_told(done: Done, tmp_path: Path, light: None) -> None:
+    """One of three groups is bound to four of its eight elements, and the budget binds nobody."""
+    tracker, watcher = Probe(), Watcher()
+    bounds = {"head": {"min": 0.5, "max": 0.5}}
+    given: dict[str, Any] = {"agent": "amc", "sensitivity": (), "finetune_steps": 0, "candidates": 4, "bounds": bounds}
+    result = run(tmp_path / "run", budget="macs<=100%", tracker=tracker, progress=watcher, **given)
+    assert result.summary["saturated"] == read(tmp_path / "run" / "result.json")["saturated"] == 1 / 3
+    assert "33% of the decisions had no choice" in watcher.lines
+    assert tracker.finished["metrics"]["saturated"] == 1 / 3
+    assert done.result.summary["saturated"] is None  # whole policies decide nothing group by group
+    assert not any("had no choice" in line for line in done.watcher.lines)
+    assert "saturated" not in done.tracker.finished["metrics"]
 
 
 def test_the_tracker_is_told_whether_it_was_stopped_or_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,14 +655,16 @@ class OutOfTurn:
         self.under_way.clear()
 
 
-@pytest.mark.parametrize("agent", ["tpe", "nsga2", "amc", "analytic", "evolution", "legr", "random", "cmaes"])
+@pytest.mark.parametrize(
+    "agent", ["tpe", "nsga2", "amc", "ppo", "analytic", "spdy", "evolution", "legr", "random", "cmaes"]
+)
 def test_with_several_under_way_it_is_the_same_search_whoever_is_faster_and_wherever_it_is_killed(
     agent: str, tmp_path: Path, light: None
 ) -> None:
     def ledger(name: str) -> list[dict[str, Any]]:
         return sorted(ledger_of(tmp_path / name), key=lambda line: line["number"])
 
-    grid = (0.5,) if agent in ("tpe", "random") else ()
+    grid = {"tpe": (0.5,), "random": (0.5,), "spdy": (0.25, 0.75)}.get(agent, ())
     settings: dict[str, Any] = {"agent": agent, "finetune_steps": 0, "candidates": 9, "sensitivity": grid}
     executor = OutOfTurn(4)
     whole = run(tmp_path / "whole", executor=executor, **settings)
@@ -787,11 +863,39 @@ def test_without_a_budget_the_second_protocol_trades_error_for_size(agent: str, 
     result = run(tmp_path / "run", protocol="accuracy", **given)
     macs = {c.macs for c in result.candidates if c.arm == "search"}
     assert len(macs) > 3  # they do not fill a budget
-    assert result.summary["picked"]["rule"] == "knee of the front"
+    best = max(result.candidates, key=lambda c: -(1 - c.accuracy) * math.log(c.macs))
+    assert result.summary["picked"]["id"] == best.id
+    assert result.summary["picked"]["rule"] == "highest -error * log(MACs)"
     with pytest.raises(ConfigError, match="a search needs an aim: give a budget"):
         run(tmp_path / "other", **given)
     with pytest.raises(ConfigError, match="protocol accuracy is for agents with one objective"):
         run(tmp_path / "other", protocol="accuracy", **(given | {"agent": "nsga2"}))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "budget", "stem", "rule"),
+    [
+        ("accuracy", None, 3, "highest -error * log(MACs)"),
+        ("accuracy", "macs<=60%", 8, "highest -error * log(MACs) within macs<=60%"),
+        ("accuracy-params", None, 8, "highest -error * log(parameters)"),
+    ],
+)
+def test_the_second_protocol_picks_by_its_reward(
+    protocol: str, budget: str | None, stem: int, rule: str, tmp_path: Path, formula: Callable[[Formula], None]
+) -> None:
+    """Of five policies: 0 is the most accurate, and 6 is so within 60 % of the MACs; 8 is the knee, 10 the cheapest."""
+    accuracies = {0: 0.505, 3: 0.504, 6: 0.47, 8: 0.465, 10: 0.2}
+    formula(lambda removed, cost: accuracies.get(removed["stem"], 0.1) if removed["head"] == 4 else 0.1)
+    agent = Picky([Policy({"stem": removed / 12, "head": 0.5}) for removed in accuracies])
+    given: dict[str, Any] = {"budget": budget, "sensitivity": (), "control": 0, "finetune_steps": 0}
+    result = run(tmp_path / "run", agent=agent, protocol=protocol, **given)
+    picked = result.summary["picked"]
+    assert picked["removed"] == {"stem": stem, "conv1": 0, "head": 4}
+    assert picked["rule"] == rule
+    assert result.pick().candidate.id == picked["id"]
+    asked = result.pick(budget="macs<=60%")
+    assert (asked.candidate.removed["stem"], asked.rule) == (6, "most accurate within macs<=60%")
+    assert result.pick(max_drop=0.9).candidate.removed["stem"] == 10
 
 
 LEARNT: dict[str, Any] = LADDER | {"candidates": 24, "promote": "auto"}
@@ -1446,18 +1550,62 @@ def test_an_agent_may_be_an_object(tmp_path: Path, light: None) -> None:
     assert result.summary["candidates"] == 2
 
 
-@pytest.mark.parametrize("max_drop", [None, 0.05])
-def test_what_an_agent_is_to_raise(tmp_path: Path, formula: Callable[[Formula], None], max_drop: float | None) -> None:
-    """The accuracy; with a tolerated drop what is missing, and once nothing is, the share of multiply-adds saved."""
+@pytest.mark.parametrize(
+    ("protocol", "max_drop"), [("resource", None), ("resource", 0.05), ("accuracy", None), ("accuracy-params", None)]
+)
+def test_what_an_agent_is_to_raise(
+    tmp_path: Path, formula: Callable[[Formula], None], protocol: str, max_drop: float | None
+) -> None:
+    """The accuracy; with a tolerated drop what is missing, and once nothing is, the share of multiply-adds saved.
+
+    By AMC's second protocol -error * log(cost). One that failed is worth no more than the worst that there can be.
+    """
     results = {0: 1.0, 6: 0.5, 9: math.nan}
     formula(lambda removed, cost: results[removed["stem"]])
     agent = Picky([Policy({"stem": stem / 12}) for stem in results])
     task = make_task()
     dense = measure(task.model, task.val_batches(), top1, cross_entropy).summary("dense").accuracy
     options: dict[str, Any] = {"budget": "macs<=100%", "max_drop": max_drop, "sensitivity": (), "control": 0}
-    result = run(tmp_path / "run", task, agent=agent, finetune_steps=0, **options)
+    result = run(tmp_path / "run", task, agent=agent, finetune_steps=0, protocol=protocol, **options)
     searched = {c.removed["stem"]: c for c in result.candidates if c.removed["conv1"] == c.removed["head"] == 0}
     assert searched[9].failure is not None
-    saved = 1 - searched[0].macs / result.dense["macs"]
-    expected = [1.0, 0.5, 0.0] if max_drop is None else [saved, 0.5 - (dense - max_drop), -1.0]
+    if max_drop is not None:
+        expected = [1 - searched[0].macs / result.dense["macs"], 0.5 - (dense - max_drop), -1.0]
+    elif protocol == "resource":
+        expected = [1.0, 0.5, 0.0]
+    else:
+        size = {"accuracy": "macs", "accuracy-params": "params"}[protocol]
+        expected = [0.0, -0.5 * math.log(getattr(searched[6], size)), -math.log(result.dense[size])]
     assert agent.values == pytest.approx(expected)
+
+
+def test_an_agent_sees_the_layers_and_the_slopes_of_the_analysis(tmp_path: Path, light: None) -> None:
+    class Looking:
+        objectives = "one"
+
+        def run(self, env: PruningEnv, *, seed: int) -> None:
+            trying = env.without_evaluation()
+            observation, info = trying.reset()
+            for _ in env.feasible.structure.groups:
+                seen[info["group"]] = Observation(*observation)
+                observation, _, _ = trying.decide(np.zeros(1, np.float32))
+                info = {"group": names[len(seen) % len(names)]}
+
+    seen: dict[str, Observation] = {}
+    task = make_task()
+    structure = analyse(task.model, task.example_input)
+    names = structure.names
+    run(tmp_path / "run", task, agent=Looking(), sensitivity=(0.25, 0.5, 0.75), finetune_steps=0, control=0)
+    report = SensitivityReport.load(tmp_path / "run" / "sensitivity.json")
+    slopes = {name: max(0.0, report.slope(name)) for name in names}
+    assert max(slopes.values()) > 0
+    facts = layer_facts(task.model, task.example_input, structure)
+    assert {name: (fact.inputs, fact.outputs, fact.kernel) for name, fact in facts.items()} == {
+        **{"stem": (1, 12, 3), "conv1": (12, 10, 3), "head": (12, 8, 1)}
+    }
+    for name in names:
+        assert seen[name].slope == pytest.approx(slopes[name] / max(slopes.values()))
+        for slot in ("outputs", "inputs", "height", "width", "stride", "kernel"):
+            most = max(getattr(fact, slot) for fact in facts.values())
+            assert getattr(seen[name], slot) == pytest.approx(getattr(facts[name], slot) / most)
+    assert len({seen[name].slope for name in names}) > 1

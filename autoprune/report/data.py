@@ -89,6 +89,11 @@ class Run:
         return known | (self.result["dense"] if self.result else {})
 
     @property
+    def dense_as_searched(self) -> Mapping[str, Any]:
+        """The dense network in the precision of the ledger and the cells, which they are compared with."""
+        return {**self.dense, **(self.result or {}).get("dense_as_searched", {})}
+
+    @property
     def picked(self) -> Mapping[str, Any] | None:
         """The picked candidate, where there is one."""
         return self.result["picked"] if self.result else None

@@ -104,20 +104,21 @@ def front_figure(run: Run) -> go.Figure:
                 picked, "picked", color="rgba(0,0,0,0)", size=15, symbol="circle", line={"color": VERMILION, "width": 3}
             )
         )
-    if {"accuracy", "macs"} <= run.dense.keys():
+    dense = run.dense_as_searched
+    if {"accuracy", "macs"} <= dense.keys():
         figure.add_trace(
             go.Scatter(
-                x=[run.dense["macs"] / unit],
-                y=[100 * run.dense["accuracy"]],
+                x=[dense["macs"] / unit],
+                y=[100 * dense["accuracy"]],
                 mode="markers",
                 name="dense",
-                text=[f"<b>dense</b><br>{percent(run.dense['accuracy'])} · {quantity(run.dense['macs'])} MACs"],
+                text=[f"<b>dense</b><br>{percent(dense['accuracy'])} · {quantity(dense['macs'])} MACs"],
                 hovertemplate="%{text}<extra></extra>",
                 marker={"color": INK, "size": 12, "symbol": "star"},
             )
         )
     title = f"MACs per input{f', in 10{suffix}' if suffix else ''}"
-    top = max([row.accuracy for row in run.rows] + [run.dense.get("accuracy", 0.0)])
+    top = max([row.accuracy for row in run.rows] + [dense.get("accuracy", 0.0)])
     style(figure, height=480, legend=True)
     costs = [row.macs / unit for row in run.rows] + ([dense_macs / unit] if dense_macs else [])
     margin = 0.04 * (max(costs) - min(costs) or max(costs))

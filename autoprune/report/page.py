@@ -149,14 +149,16 @@ def _result(run: Run) -> str:
         text_columns=(0, 8),
     )
     found = "".join(f"<div><dt>{escaped(title)}</dt><dd>{coded(text)}</dd></div>" for title, text in findings(run))
+    searched = result.get("dense_as_searched")
+    other = f" In float32; figures and sensitivity are in {escaped(searched['precision'])}." if searched else ""
     effort = f"{result['evaluations']} evaluations"
     if result.get("seconds"):
         effort += f", {duration(result['seconds'])}"
     return (
         f"<section><h2>Dense against picked</h2><p class='caption'>Picked: {escaped(picked['rule'])}, by "
         f"{escaped(result['agent'])} in {escaped(effort)}. Accuracy is that of the validation set, ± one standard "
-        "error; the error of a difference takes both as independent, which on the same images overstates it.</p>"
-        f"{table}{_final_table(run)}<dl class='findings'>{found}</dl>{notes}</section>"
+        "error; the error of a difference takes both as independent, which on the same images overstates it."
+        f"{other}</p>{table}{_final_table(run)}<dl class='findings'>{found}</dl>{notes}</section>"
     )
 
 
@@ -283,7 +285,7 @@ def _sensitivity(run: Run, drawn: Mapping[str, go.Figure]) -> str:
     text = f"Each group pruned alone, all others dense; {recovered}, not fine-tuned. "
     if len(ranked) > 1:
         (low, first), (high, last) = ranked[0], ranked[-1]
-        dense = run.dense["accuracy"]
+        dense = run.dense_as_searched["accuracy"]
         text += (
             f"Near half removed, {first['name']} loses most ({signed(low['accuracy'] - dense)} points) and "
             f"{last['name']} least ({signed(high['accuracy'] - dense)}). "
@@ -312,7 +314,7 @@ def _groups(run: Run) -> str:
     if not run.groups:
         return ""
     widths = {width.group: width for width in run.widths(run.picked)} if run.picked else {}
-    dense = run.dense["accuracy"]
+    dense = run.dense_as_searched["accuracy"]
     rows = []
     for group in run.groups:
         cell = _cell_near(group, 0.5)

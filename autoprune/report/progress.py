@@ -36,7 +36,7 @@ def progress(run: Run) -> Progress:
     With a largest drop: the fewest MACs within it. With a budget: the best accuracy (each candidate meets the budget by
     construction). With neither: the hypervolume of the front.
     """
-    drop, dense = run.search.get("max_drop"), run.dense
+    drop, dense = run.search.get("max_drop"), run.dense_as_searched
     if drop is not None and {"accuracy", "macs"} <= dense.keys():
         floor, cost = dense["accuracy"] - drop - 1e-9, dense["macs"]
         return _running(

@@ -50,7 +50,7 @@ def curves_figure(run: Run) -> go.Figure:
         horizontal_spacing=0.025,
         vertical_spacing=42 / (rows * PANEL_HEIGHT) if rows > 1 else 0.0,
     )
-    dense = run.dense
+    dense = run.dense_as_searched
     picked = {width.group: width.sparsity for width in run.widths(run.picked)} if run.picked else {}
     looks = {"Accuracy": _accuracy_axis(groups, dense), "Loss and Taylor": _loss_axis(groups, dense)}
     if any(group.get("predicted") for group in groups):
@@ -255,7 +255,7 @@ def _label_outer_axes(figure: go.Figure, rows: int, columns: int, panels: int) -
 def heatmap_figure(run: Run) -> go.Figure:
     """Return the loss of accuracy in points, a row a group, a cell a measured sparsity."""
     groups = [group for group in run.groups if group["cells"]]
-    dense = run.dense["accuracy"]
+    dense = run.dense_as_searched["accuracy"]
     worst = max(dense - cell["accuracy"] for group in groups for cell in group["cells"])
     figure = go.Figure()
     for row, group in enumerate(groups):

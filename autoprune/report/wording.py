@@ -205,7 +205,7 @@ def _prediction(picked: Mapping[str, Any], predicted: Mapping[str, Any]) -> str:
     text = (
         f"The one-group curves predict {percent(expected)} for this policy, measured together it has {percent(joint)}"
     )
-    if abs(joint - picked["accuracy"]) >= 5e-4:
+    if picked["fidelity"] in ("short", "full"):
         text += " before fine-tuning"
         verdict += f"; recovery ({picked['fidelity']}) then brings it to {percent(picked['accuracy'])}"
     return f"{text}: {verdict}."

@@ -306,6 +306,16 @@ class TestContents:
             assert f"{demo.sizes[group]} → {demo.sizes[group] - removed[group]}" in page.text
         assert "with downsample1" in page.text
 
+    def test_it_says_which_numbers_are_in_which_precision(self, run):
+        assert "In float32" not in outline(run).text
+        before = read_run(run)
+        changed(run, "result.json", dense_as_searched={"precision": "bfloat16", "accuracy": 0.925})
+        assert "overstates it. In float32; figures and sensitivity are in bfloat16." in outline(run).text
+        found = read_run(run)
+        assert found.dense == before.dense == before.dense_as_searched
+        star = next(trace for trace in figures(found)["front"].data if trace.name == "dense")
+        assert star.y == pytest.approx((92.5,))
+
     def test_how_well_cheap_knowledge_ranks(self, run):
         text = outline(run).text
         assert "Predicted from moments, nothing evaluated Reconstructed 1.18 s 30 0.51 (0.31 to 0.68)" in text
@@ -464,6 +474,15 @@ class TestVerdict:
         assert "costs 2.0 points more than the curves suggest" in text
         assert "brings it to 90.0\u202f%" in text
 
+    def test_without_fine_tuning_nothing_is_said_of_recovery(self, run):
+        result = json.loads((run / "result.json").read_text())
+        picked = result["picked"] | {"accuracy": 0.861, "fidelity": "reconstructed"}  # rounded otherwise than jointly
+        changed(run, "result.json", picked=picked, predicted={"accuracy": 0.88, "gap": -0.02})
+        text = dict(findings(read_run(run)))["Together and one by one"]
+        assert text.endswith(
+            "it has 86.0\u202f%: pruning the groups together costs 2.0 points more than the curves suggest."
+        )
+
     def test_without_the_test_set_the_choice_is_called_flattering(self, run):
         (run / "final.json").unlink()
         assert "which flatters it" in dict(findings(read_run(run)))["Not seen by the search"]
@@ -537,6 +556,10 @@ class TestProgress:
         assert course.own == [None, 60, 40]
         assert course.best == [None, 60, 40]
         assert (course.uniform, course.random) == (30, None)
+
+    def test_a_drop_counts_from_the_dense_network_in_the_precision_of_the_ledger(self, search, run):
+        changed(run, "result.json", dense_as_searched={"precision": "bfloat16", "accuracy": 0.96})
+        assert search(max_drop=0.1).own == [None, 60, None]
 
     def test_with_neither_the_hypervolume(self, search):
         course = search()
