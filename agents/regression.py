@@ -5,7 +5,7 @@ evaluations of others, its best kernel reached half of the rank correlation.
 """
 
 import itertools
-from typing import Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from scipy.linalg import solve_triangular
 
 __all__ = ["GaussianProcess", "Kernel"]
 
-_Array = npt.NDArray[np.float64]
+_Array = npt.NDArray[np.floating[Any]]
 
 _LENGTHS: Final = (0.3, 1.0, 3.0)  # of the range of a coordinate
 _SHARES: Final = (0.0, 0.5, 0.9, 1.0)  # of what adds up over the groups
@@ -147,11 +147,13 @@ def _alone(points: _Array, others: _Array, length: float) -> _Array:
     alike = np.zeros((len(points), len(others)))
     for one, other in zip(points.T, others.T, strict=True):
         alike += np.exp(-0.5 * (np.subtract.outer(one, other) / length) ** 2)
-    return alike / points.shape[1]
+    mean: _Array = alike / points.shape[1]
+    return mean
 
 
 def _together(points: _Array, others: _Array, length: float) -> _Array:
     """Return how alike points are in all coordinates, `(n, k)`; at half a length, since a sum averages differences."""
     products = points @ others.T
     squares = (points**2).sum(1)[:, None] + (others**2).sum(1)[None, :] - 2 * products
-    return np.exp(-0.5 * np.maximum(squares, 0.0) / points.shape[1] / (0.5 * length) ** 2)
+    alike: _Array = np.exp(-0.5 * np.maximum(squares, 0.0) / points.shape[1] / (0.5 * length) ** 2)
+    return alike

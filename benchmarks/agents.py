@@ -47,11 +47,12 @@ from autoprune.standings import t_interval
 from autoprune.tracking import NullTracker
 
 AGENTS: Mapping[str, Any] = {
+    "surrogate": "surrogate",
     "tpe": "tpe",
     "evolution": "evolution",
     "spdy": "spdy",
     "amc": "amc",
-    "amc, no warm start": AMCAgent(warm_start=False),
+    "amc, no warm start": "amc:warm_start=false",
     "legr": "legr",
     "global": "global",
     "greedy": "greedy",
@@ -59,7 +60,7 @@ AGENTS: Mapping[str, Any] = {
     "separable": "separable",
     "analytic": "analytic",
 }
-DEFAULT = "tpe"
+DEFAULT = "surrogate"
 PARTS = ("seeds", "few", "many")
 
 
@@ -298,7 +299,7 @@ def main() -> None:
             if "few" in options.parts:
                 searched(name, options, DEFAULT, "few", options.few)
             if "many" in options.parts:
-                searched(name, options, AMCAgent.published(), "many", options.many)
+                searched(name, options, AMCAgent.published(episodes=options.many), "many", options.many)
     print("\n".join(page(options)))
 
 
