@@ -17,7 +17,7 @@ help: ## this list
 
 .PHONY: demo
 demo: .venv/stamps/package ## train a small network on the embedded digits, search, prune it: under 3 minutes
-	.venv/bin/autoprune search --model resnet8 --data digits --budget "macs<=15%" --agent tpe --candidates 40 \
+	.venv/bin/autoprune search --model resnet8 --data digits --budget "macs<=15%" --candidates 40 \
 		--finetune-steps 15 --seed 0 --out $(DEMO)
 
 # Tests use one thread each, so several processes share the cores; a file's tests stay together, as do its fixtures.

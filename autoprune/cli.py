@@ -338,7 +338,7 @@ def search(
             metavar="NAME",
             help=f"What proposes policies: {', '.join(registry.names('agent'))}. {_SETTINGS}",
         ),
-    ] = "tpe",
+    ] = "surrogate",
     storage: Annotated[
         str | None,
         typer.Option(
@@ -459,7 +459,7 @@ def compare(
             help=f"Some of {', '.join(registry.names('agent'))}; uniform and random are always among them. {_SETTINGS} "
             "Agents that differ in settings alone can be compared.",
         ),
-    ] = "tpe",
+    ] = "surrogate",
     seeds: Annotated[int, typer.Option(help="Searches of each agent, with the agent's seeds 0, 1, ...")] = 5,
     finalize: Annotated[
         int | None,

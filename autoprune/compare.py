@@ -77,7 +77,7 @@ def compare(
     task: Task,
     *,
     out: str | Path,
-    agents: Sequence[Any] | Mapping[str, Any] = ("tpe",),
+    agents: Sequence[Any] | Mapping[str, Any] = ("surrogate",),
     seeds: int = 5,
     finalize: int | None = None,
     finalize_lr: float = FULL_LR,

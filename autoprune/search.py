@@ -80,7 +80,7 @@ def search(
     task: Task,
     *,
     out: str | Path,
-    agent: Any = "tpe",
+    agent: Any = "surrogate",
     agent_settings: Mapping[str, Any] = MappingProxyType({}),
     tracker: Tracker | None = None,
     progress: Progress | None = None,

@@ -72,7 +72,7 @@ class SearchSettings:
     budget: str | None = None
     max_drop: float | None = None
     protocol: str = "resource"
-    agent: str = "tpe"
+    agent: str = "surrogate"
     space: str = "group"
     candidates: int = 60
     control: int | None = None
