@@ -40,7 +40,7 @@ class TestAMCAgent(AgentContract):
 class TestTD3Agent(AgentContract):
     @pytest.fixture
     def agent(self) -> Agent:
-        return TD3Agent(updates=1, order="reverse")
+        return TD3Agent(updates=1, order="reverse", uniform_warmup=True, catch_up=False, scale_rewards=False)
 
 
 class TestSACAgent(AgentContract):
@@ -53,12 +53,6 @@ class TestPPOAgent(AgentContract):
     @pytest.fixture
     def agent(self) -> Agent:
         return PPOAgent(episodes=2, epochs=1, order="random", shares=(1.0, 0.8))
-
-
-class TestPublishedAgent(AgentContract):
-    @pytest.fixture
-    def agent(self) -> Agent:
-        return AMCAgent.published(episodes=16, hidden=(32, 32))
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
