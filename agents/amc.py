@@ -134,7 +134,7 @@ class AMCAgent(_GroupByGroup):
         catch_up: Whether the learner makes up for the decisions of the warm-up when it ends.
         scale_rewards: Whether rewards are divided by their standard deviation.
         keep_exploring: Whether exploration stays at half an element or more, and doubles with every policy in a row
-            that is known already. If not, an agent that has settled repeats itself until the evaluator ends the search.
+            that is known already. If not, a settled agent repeats itself, until the evaluator ends the search.
 
     Attributes:
         learner: The trained learner of Stable-Baselines3, once the search has begun.
