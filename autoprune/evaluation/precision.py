@@ -129,8 +129,8 @@ class Choice:
         return says + (f" (a thousand samples: {'; '.join(map(str, self.trials))})" if self.trials else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON object."""
-        return asdict(self)
+        """Return a JSON object; beside the values it says them in words, for whoever only reads the file."""
+        return asdict(self) | {"says": str(self)}
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Self:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from autoprune.errors import RunError
-from autoprune.evaluation.precision import Choice
 from autoprune.run import RunFolder
 
 __all__ = ["Row", "Run", "Width", "read_run"]
@@ -71,7 +70,7 @@ class Run:
     result: Mapping[str, Any] | None
     final: Mapping[str, Any] | None
     missing: Sequence[str]
-    precision: Choice | None
+    precision: Mapping[str, Any] | None
 
     @property
     def search(self) -> Mapping[str, Any]:
@@ -166,7 +165,7 @@ def read_run(folder: Path) -> Run:
         result=files["result.json"],
         final=files["final.json"],
         missing=[name for name, content in files.items() if content is None] + ([] if ledger else ["ledger.jsonl"]),
-        precision=_read_choice(folder / "precision.json"),
+        precision=_read_json(folder / "precision.json") if (folder / "precision.json").is_file() else None,
     )
 
 
@@ -176,15 +175,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"'{path}' is not readable JSON ({error}); restore it, or run the search again") from error
     return content
-
-
-def _read_choice(path: Path) -> Choice | None:
-    if not path.is_file():
-        return None
-    try:
-        return Choice.of(_read_json(path))
-    except (KeyError, TypeError) as error:
-        raise RunError(f"'{path}' is no choice of a precision ({error}); restore it, or remove it") from error
 
 
 def _read_ledger(path: Path) -> list[dict[str, Any]]:

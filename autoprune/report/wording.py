@@ -122,12 +122,12 @@ def spared(groups: Sequence[Mapping[str, Any]]) -> str:
 
 def precision(run: Run) -> str:
     """Return in which precision candidates were measured, and why; nothing where that is not known."""
-    if run.precision is None:
+    if run.precision is None or "says" not in run.precision:
         return ""
-    text = f"Candidates were {run.precision}"
-    if run.search.get("precision") == "auto" and not run.precision.trials:
+    text, tried = f"Candidates were {run.precision['says']}", run.precision["trials"]
+    if run.search.get("precision") == "auto" and not tried:
         return f"{text}: the network is too small, or samples are too few, for another to be worth trying."
-    return f"{text}, {'the fastest that agrees with float32' if run.precision.trials else 'as asked for'}."
+    return f"{text}, {'the fastest that agrees with float32' if tried else 'as asked for'}."
 
 
 def _time(latency: Mapping[str, Mapping[str, Any]]) -> str:

@@ -113,14 +113,14 @@ def test_the_best_is_among_those_that_climb_nine_times_in_ten() -> None:
 @pytest.mark.parametrize("tau", [0.2, 0.4, 0.6])
 def test_it_says_how_often_they_hold_the_best(tau: float) -> None:
     """Counted over other draws: half at most climb, which at a tau of 0.2 is too few."""
-    rng, n = np.random.default_rng(2), 40
+    rng, n = np.random.default_rng(2), 10
     share, holds = promotion(tau, n)
     early, other = rng.standard_normal((2, 4000, n))
     rho = np.sin(np.pi * tau / 2)
     late = rho * early + np.sqrt(1 - rho**2) * other
     places = (-early).argsort(1).argsort(1)[np.arange(4000), late.argmax(1)]
     assert (places < int(share * n + 1e-9)).mean() == pytest.approx(holds, abs=0.03)
-    assert (holds < 0.85) == (tau == 0.2)
+    assert (holds < 0.8) == (tau == 0.2)
 
 
 def test_where_the_better_half_ranks_worse_more_of_them_climb(monkeypatch: pytest.MonkeyPatch) -> None:
