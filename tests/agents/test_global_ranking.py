@@ -4,7 +4,6 @@ import torch
 
 from autoprune.agents.base import Agent
 from autoprune.agents.global_ranking import GlobalRankingAgent, normalised
-from autoprune.agents.random import RandomAgent
 from autoprune.errors import ConfigError
 from autoprune.search_spaces.per_group import PerGroup
 from autoprune.testing import AgentContract, run_agent, synthetic_env
@@ -57,16 +56,6 @@ def test_other_normalisations_follow_until_they_bring_nothing_new() -> None:
     policies = [candidate.policy for candidate in evaluator.candidates]
     assert evaluator.calls == len(policies) == len(set(policies))
     assert 1 < len(policies) < 40
-
-
-def test_beats_random_at_equal_evaluations() -> None:
-    best: dict[type, list[float]] = {GlobalRankingAgent: [], RandomAgent: []}
-    for kind, found in best.items():
-        for seed in range(4):
-            env, evaluator = synthetic_env(evaluations=20, seed=seed, widths=(16, 16, 16, 32, 32, 32))
-            run_agent(kind(), env, seed=seed)
-            found.append(max(candidate.accuracy for candidate in evaluator.candidates))
-    assert np.mean(best[GlobalRankingAgent]) > np.mean(best[RandomAgent]) + 0.01
 
 
 def test_where_the_share_of_the_budget_is_free_it_solves_evenly_smaller_ones() -> None:
