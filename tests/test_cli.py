@@ -1,5 +1,6 @@
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from typer.main import get_command
 import autoprune
 from autoprune import cli, export, models, preparation
 from autoprune.errors import ConfigError
+from autoprune.tracking import NullTracker
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--candidates", "3", "--control", "1", "--finetune-steps", "2", "--calibration-images", "200"]
@@ -273,6 +275,69 @@ def test_a_task_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "inner" in capsys.readouterr().out
     assert run("search", "--task", task, "--data", "digits", "--budget", "macs<=50%", "--out", "x") == 2
     assert "leave out --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("protocol", "size"), [("accuracy", "macs"), ("accuracy-params", "params")])
+def test_the_second_protocol_needs_no_budget_and_picks_by_its_reward(
+    protocol: str,
+    size: str,
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searching = importlib.import_module("autoprune.search")
+    monkeypatch.setattr(searching, "render", lambda folder: folder.report)
+    monkeypatch.setattr(searching, "MLflowTracker", lambda **_: NullTracker())
+    monkeypatch.setattr(export, "_save_program", lambda *_: None)
+    common = ["search", "--agent", "amc", "--sensitivity", "", *QUICK, "--weights", str(weights)]
+    assert run(*common, "--out", str(tmp_path / "run"), "--protocol", protocol) == 0
+    text = {"macs": "MACs", "params": "parameters"}[size]
+    assert f"picked: highest -error * log({text}), of " in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert sum(line["agent"] == "amc" for line in lines) > 1
+    best = max(lines, key=lambda line: -(1 - line["measurements"][-1]["accuracy"]) * math.log(line[size]))
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["picked"]["id"] == best["id"]
+
+
+SEVERAL = """
+import importlib, sys
+from autoprune import cli, export
+from autoprune.tracking import NullTracker
+
+searching = importlib.import_module("autoprune.search")
+searching.render, searching.MLflowTracker = lambda folder: folder.report, lambda **_: NullTracker()
+export._save_program = lambda *_: None
+command = ["autoprune", *sys.argv[1:]]
+for agent in ("tpe", "amc"):
+    sys.argv = [*command, "--agent", agent, "--out", agent]
+    try:
+        cli.main()
+    except SystemExit as leaving:
+        assert not leaving.code
+"""
+
+
+def test_in_a_fresh_process_with_another_hash_seed_it_is_the_same_search(weights: Path, tmp_path: Path) -> None:
+    """Two searches in each process, without what takes the time besides: report, program and MLflow's store."""
+
+    def left(hash_seed: str) -> dict[str, Any]:
+        out = tmp_path / hash_seed
+        out.mkdir()
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        command = [sys.executable, "-c", SEVERAL, *SEARCH, "--weights", str(weights)]
+        subprocess.run(command, env=environment, capture_output=True, check=True, cwd=out)
+        found: dict[str, Any] = {}
+        for agent in ("tpe", "amc"):
+            lines = [
+                json.loads(line) | {"seconds": 0} for line in (out / agent / "ledger.jsonl").read_text().splitlines()
+            ]
+            assert {line["agent"] for line in lines} == {"uniform", "random", agent}
+            picked = json.loads((out / agent / "result.json").read_text())["picked"]
+            found[agent] = (lines, picked, (out / agent / "sensitivity.json").read_bytes())
+        return found
+
+    assert left("1") == left("2")
 
 
 @pytest.mark.timeout(180)
