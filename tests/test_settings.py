@@ -16,7 +16,12 @@ from autoprune.settings import SearchSettings
 
 def test_the_defaults_are_valid_and_of_the_documented_size() -> None:
     settings = SearchSettings()
-    assert (settings.agent, settings.candidates, settings.control_size, settings.limits.limits) == ("surrogate", 60, 6, ())
+    assert (settings.agent, settings.candidates, settings.control_size, settings.limits.limits) == (
+        "surrogate",
+        60,
+        6,
+        (),
+    )
     assert settings.recovery == Recovery(2000, 0, Recipe(lr=0.01))
     assert settings.measured_with == {
         "criterion": "l1",

@@ -48,6 +48,7 @@ LEADS = {
     "sac": Lead(8, 0.01, warm=True),
     "separable": Lead(20, 0.01),
     "spdy": Lead(10, 0.01),
+    "surrogate": Lead(10, 0.01),
     "td3": Lead(8, 0.01, warm=True),
     "threshold": Lead(20, 0.01),
     "tpe": Lead(20, 0.01),
