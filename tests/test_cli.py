@@ -394,7 +394,8 @@ WRONG = {
         "settings of the agent tpe: startup, storage, study, warm_",
     ),
     "setting that can't be read": (["--agent", "tpe:warm_start"], "written as in evolution:survivors=2:offspring=8"),
-    "storage alone": (["--storage", "sqlite:///trials.db"], "--study"),
+    "storage alone": (["--agent", "tpe", "--storage", "sqlite:///trials.db"], "--study"),
+    "storage of another agent": (["--storage", "sqlite:///trials.db"], "no setting of the agent surrogate 'storage'"),
 }
 
 

@@ -137,7 +137,7 @@ class Choice:
         """Read what `to_dict` gave."""
         trials = tuple(Trial(**{**trial, "precision": Precision(**trial["precision"])}) for trial in document["trials"])
         both = {name: Precision(**document[name]) for name in ("precision", "training")}
-        return cls(**{**document, **both, "trials": trials})
+        return cls(**both, trials=trials, untimed=document["untimed"])
 
 
 def chosen(task: Task, model: nn.Module, cost: Cost, wanted: str = "auto") -> Choice:
