@@ -282,7 +282,7 @@ def test_the_config_holds_everything_resolved(done: Done) -> None:
     assert config["task"] == done.task.describe()
     assert config["digest"] == done.task.digest()
     assert config["search"] == SETTINGS | {
-        **{"agent": "tpe", "space": "group", "max_drop": None, "criterion": "l1"},
+        **{"agent": "surrogate", "space": "group", "max_drop": None, "criterion": "l1"},
         **{"sensitivity": [0.25, 0.5, 0.75], "max_sparsity": 0.9, "bounds": {}},
         **{"units": ["channels", "heads"], "multiple": 1, "normalised": False},
         **{"recover": "reconstructed", "moments_memory": 2.0, "precision": "auto"},
@@ -299,7 +299,7 @@ def test_a_line_of_the_ledger_for_every_candidate_in_order(done: Done) -> None:
     arms = [line["arm"] for line in lines]
     assert arms[0] == "uniform"
     assert arms.count("random") == 2
-    assert {line["agent"] for line in lines if line["arm"] == "search"} == {"tpe"}
+    assert {line["agent"] for line in lines if line["arm"] == "search"} == {"surrogate"}
     structure = analyse(done.task.model, done.task.example_input)
     costs = CostModel(done.task.model, done.task.example_input, structure)
     for line in lines:
@@ -314,7 +314,7 @@ def test_the_result_says_what_happened(done: Done) -> None:
     result = read(done.out / "result.json")
     lines = ledger_of(done.out)
     assert result == json.loads(json.dumps(done.result.summary))
-    assert (result["agent"], result["budget"], result["max_drop"]) == ("tpe", "macs<=50%", None)
+    assert (result["agent"], result["budget"], result["max_drop"]) == ("surrogate", "macs<=50%", None)
     assert result["evaluations"] == len(lines)
     assert result["candidates"] == 6
     assert result["stopped"] is None
@@ -528,7 +528,7 @@ def test_every_cell_and_candidate_is_a_step(done: Done) -> None:
     assert [number for stage, number, _ in done.watcher.steps if stage == "search"] == list(range(1, 4 + searched))
     last = done.watcher.steps[-1][2]
     best = max(c.accuracy for c in done.result.candidates if c.number < 3 + searched)
-    assert last.startswith(f"best {best:.4f}; tpe accuracy 0.")
+    assert last.startswith(f"best {best:.4f}; surrogate accuracy 0.")
     assert last.endswith("of the MACs")
 
 
@@ -656,7 +656,7 @@ class OutOfTurn:
 
 
 @pytest.mark.parametrize(
-    "agent", ["tpe", "nsga2", "amc", "ppo", "analytic", "spdy", "evolution", "legr", "random", "cmaes"]
+    "agent", ["surrogate", "tpe", "nsga2", "amc", "ppo", "analytic", "spdy", "evolution", "legr", "random", "cmaes"]
 )
 def test_with_several_under_way_it_is_the_same_search_whoever_is_faster_and_wherever_it_is_killed(
     agent: str, tmp_path: Path, light: None
@@ -664,7 +664,7 @@ def test_with_several_under_way_it_is_the_same_search_whoever_is_faster_and_wher
     def ledger(name: str) -> list[dict[str, Any]]:
         return sorted(ledger_of(tmp_path / name), key=lambda line: line["number"])
 
-    grid = {"tpe": (0.5,), "random": (0.5,), "spdy": (0.25, 0.75)}.get(agent, ())
+    grid = {"surrogate": (0.5,), "tpe": (0.5,), "random": (0.5,), "spdy": (0.25, 0.75)}.get(agent, ())
     settings: dict[str, Any] = {"agent": agent, "finetune_steps": 0, "candidates": 9, "sensitivity": grid}
     executor = OutOfTurn(4)
     whole = run(tmp_path / "whole", executor=executor, **settings)
@@ -688,7 +688,8 @@ def test_on_a_kept_study_it_goes_on_wherever_it_is_killed_and_every_candidate_is
     tmp_path: Path, light: None
 ) -> None:
     url, out = f"sqlite:///{tmp_path / 'trials.db'}", tmp_path / "run"
-    shared: dict[str, Any] = {"agent_settings": {"storage": url, "study": "s"}, "finetune_steps": 0, "sensitivity": ()}
+    kept = {"storage": url, "study": "s"}
+    shared: dict[str, Any] = {"agent": "tpe", "agent_settings": kept, "finetune_steps": 0, "sensitivity": ()}
     for kill_at in (4, 6):
         with pytest.raises(KeyboardInterrupt):
             run(out, tracker=Probe(kill_at), executor=OutOfTurn(2), **shared)
@@ -709,7 +710,7 @@ def test_on_a_kept_study_it_goes_on_wherever_it_is_killed_and_every_candidate_is
     assert {policy for policy, arm in ledger.items() if arm == "search"} <= told <= set(ledger)  # uniform was tried too
 
 
-@pytest.mark.parametrize("change", [{"warm_start": False}, {"startup": 3}])
+@pytest.mark.parametrize("change", [{"warm_start": False}, {"drawn": 3}])
 def test_what_an_agent_is_made_with_is_part_of_the_search(tmp_path: Path, light: None, change: dict[str, Any]) -> None:
     out = tmp_path / "run"
     run(out, candidates=1, control=0, sensitivity=())
@@ -898,7 +899,7 @@ def test_the_second_protocol_picks_by_its_reward(
     assert result.pick(max_drop=0.9).candidate.removed["stem"] == 10
 
 
-LEARNT: dict[str, Any] = LADDER | {"candidates": 24, "promote": "auto"}
+LEARNT: dict[str, Any] = LADDER | {"agent": "tpe", "candidates": 24, "promote": "auto"}
 
 
 def test_who_is_promoted_is_learnt_from_some(tmp_path: Path, light: None) -> None:
