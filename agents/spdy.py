@@ -6,8 +6,6 @@ from autoprune.agents.base import Objectives, measured_by
 from autoprune.agents.coefficients import search_coefficients
 from autoprune.environment import PruningEnv
 from autoprune.errors import ConfigError
-from autoprune.sensitivity import SensitivityReport
-from autoprune.separable import Loss
 
 __all__ = ["SPDYAgent"]
 
@@ -41,12 +39,5 @@ class SPDYAgent:
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent, or nothing new is to be found."""
         measured, structure = measured_by(env), env.feasible.structure
-        alternatives = [[_rise(measured, name, power) for name in structure.names] for power in _POWERS]
+        alternatives = [[measured.loss_of(name, power) for name in structure.names] for power in _POWERS]
         search_coefficients(env, alternatives, unknown=measured.missing(structure), step=self.step, seed=seed)
-
-
-def _rise(measured: SensitivityReport, group: str, power: float) -> Loss:
-    """Return what a group adds to the dense network's loss, to a power."""
-    curve = measured.curve(group)
-    dense = curve.loss_at(0)
-    return lambda removed: (curve.loss_at(removed) - dense) ** power

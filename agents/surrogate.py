@@ -1,6 +1,6 @@
 """Evolution that asks a model first: of many level switches, the one of which most is expected is evaluated."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import ClassVar, Final, final
 
 import numpy as np
@@ -189,15 +189,10 @@ def _losses(env: PruningEnv) -> list[Loss]:
         known = {name: predicted.loss_of(name, 1.0) for name in structure.names if name not in predicted.missing}
     if not known and measured is not None:
         missing = measured.missing(structure)
-        known = {name: _rise(measured.curve(name).loss_at) for name in structure.names if name not in missing}
+        known = {name: measured.loss_of(name) for name in structure.names if name not in missing}
     highest = [known[group.name](group.size) for group in structure if group.name in known]
     typical = float(np.mean(highest)) if highest and np.mean(highest) > 0 else 1.0
     return [known.get(group.name) or _square(group.size, typical) for group in structure]
-
-
-def _rise(loss_at: Callable[[float], float]) -> Loss:
-    dense = loss_at(0)
-    return lambda removed: loss_at(removed) - dense
 
 
 def _square(size: int, highest: float) -> Loss:

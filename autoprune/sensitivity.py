@@ -267,6 +267,12 @@ class SensitivityReport:
         """Return the groups of which nothing was measured, whose curves make no claim."""
         return tuple(group.name for group in structure if len(self.curve(group.name).removed) == 1)
 
+    def loss_of(self, group: str, power: float = 1.0) -> separable.Loss:
+        """Return what a group adds to the dense network's loss, to a power, by the number of elements removed."""
+        curve = self.curve(group)
+        dense = curve.loss_at(0)
+        return lambda removed: (curve.loss_at(removed) - dense) ** power
+
     def allocate(self, feasible: FeasibleSet) -> Policy:
         """Return the policy of least predicted loss (see `autoprune.separable.allocate`).
 

@@ -491,6 +491,12 @@ def test_a_curve_runs_through_convex_cells_and_goes_on_as_steep_as_it_got() -> N
     assert [curve.drop_at(n) for n in (0, 8, 12, 20)] == pytest.approx([0.0, 0.1, 0.2, 0.4])
 
 
+def test_what_a_group_adds_is_0_where_it_is_whole() -> None:
+    report = synthetic({"conv1": [(8, 0.8, 0.3), (16, 0.6, 0.6)]}, {"conv1": 32})
+    assert [report.loss_of("conv1")(n) for n in (0, 8, 16)] == pytest.approx([0.0, 0.1, 0.4])
+    assert [report.loss_of("conv1", 2.0)(n) for n in (0, 8, 16)] == pytest.approx([0.0, 0.01, 0.16])
+
+
 def test_luck_is_not_believed() -> None:
     """A cell that measures better than the dense network claims nothing, and a later dip does not count."""
     curve = synthetic({"conv1": [(8, 0.95, 0.1), (16, 0.7, 0.5), (24, 0.8, 0.4)]}, {"conv1": 32}).curve("conv1")
