@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import ClassVar, Literal, Protocol, final
+from typing import ClassVar, Literal, NamedTuple, Protocol, final
 
 import numpy as np
 import optuna
@@ -42,6 +42,7 @@ from autoprune.agents.evolution import neighbour
 from autoprune.environment import Proposed, PruningEnv
 from autoprune.errors import ConfigError, SearchOver
 from autoprune.evaluation import Candidate
+from autoprune.pareto import sorted_by_layers
 from autoprune.policy import Policy
 from autoprune.seeds import derive
 
@@ -62,6 +63,7 @@ _TRIES, _PAUSE = 10, 0.3  # to open a storage whose tables, or whose study, anot
 _RUN, _POLICY, _WARM, _AGAIN, _SPACE = "run", "policy", "warm start", "again", "space"  # of trials, the last of a study
 _UNIT = FloatDistribution(0.0, 1.0)
 _SWITCHES = 10  # tried from a policy that came again
+_MOST, _BEST, _NEWEST = 1000, 100, 400  # trials that an estimator goes by; what it keeps when there are so many
 
 
 class SamplerFactory(Protocol):
@@ -195,7 +197,8 @@ class TPEAgent(_Modelling):
     Bergstra et al. 2011, multivariate as in Falkner et al. 2018 (BOHB, https://arxiv.org/abs/1807.01774). The longer
     it searches, the more of its points stand for policies that were tried. Such a point is told as failed, so that
     copies of the best do not crowd the estimator, and a policy one level switch from it (see `EvolutionAgent`) is
-    tried next; where none is new, a random point.
+    tried next; where none is new, a random point. Without a storage it goes by a thousand trials at most: when there
+    are as many, the best hundred and the newest are kept, so that its time does not grow with their number.
 
     Args:
         startup: Random points, warm starts among them, before the estimator takes over. None: a quarter of the
@@ -210,7 +213,9 @@ class TPEAgent(_Modelling):
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
-        _optimise(self, env, seed, _tpe(env, self.startup, self._place, multivariate=True), switching=True)
+        _optimise(
+            self, env, seed, _tpe(env, self.startup, self._place, multivariate=True), switching=True, forgetting=True
+        )
 
 
 @final
@@ -218,7 +223,7 @@ class TPEAgent(_Modelling):
 class UnivariateTPEAgent(_Modelling):
     """Tree-structured Parzen estimators, one for each coordinate by itself (Bergstra et al. 2011).
 
-    What comes again is treated as by `TPEAgent`. See `Agent` for the contract.
+    What comes again, and what is long ago, is treated as by `TPEAgent`. See `Agent` for the contract.
 
     Args:
         startup: As in `TPEAgent`.
@@ -232,7 +237,9 @@ class UnivariateTPEAgent(_Modelling):
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
-        _optimise(self, env, seed, _tpe(env, self.startup, self._place, multivariate=False), switching=True)
+        _optimise(
+            self, env, seed, _tpe(env, self.startup, self._place, multivariate=False), switching=True, forgetting=True
+        )
 
 
 @final
@@ -255,7 +262,7 @@ class MultiObjectiveTPEAgent(_Modelling):
 
     def run(self, env: PruningEnv, *, seed: int) -> None:
         """Search until the evaluations are spent."""
-        _optimise(self, env, seed, _tpe(env, self.startup, self._place, multivariate=False))
+        _optimise(self, env, seed, _tpe(env, self.startup, self._place, multivariate=False), forgetting=True)
 
 
 @final
@@ -521,6 +528,7 @@ def _optimise(
     around: _MakeAround | None = None,
     *,
     switching: bool = False,
+    forgetting: bool = False,
 ) -> None:
     """Ask, evaluate and tell until `SearchOver`; the warm starts are asked first.
 
@@ -531,6 +539,7 @@ def _optimise(
         make: Makes the sampler.
         around: Makes it again, to begin around the best warm start, once these are measured.
         switching: Whether a policy near to one that comes again is tried instead.
+        forgetting: Whether the sampler goes by a thousand trials at most, where the study is the search's own.
     """
     with _quiet():
         where = agent._place.storage
@@ -545,6 +554,8 @@ def _optimise(
             trials.enqueue_warm_starts()
         for trial, candidate in in_turn(env, trials.proposed()):
             trials.tell(trial, candidate)
+            if forgetting:
+                trials.forget(functools.partial(make, derive(seed, "after", candidate.id)))
 
 
 def _share(
@@ -596,6 +607,16 @@ def _switches(seed: int, switching: bool) -> np.random.Generator | None:
     return np.random.default_rng(derive(seed, "switches")) if switching else None
 
 
+class _Point(NamedTuple):
+    """A trial with several values."""
+
+    id: str
+    accuracy: float
+    macs: float
+    params: float
+    trial: FrozenTrial
+
+
 @final
 class _Trials:
     """One search's trials in a study.
@@ -618,7 +639,8 @@ class _Trials:
     ) -> None:
         self._env, self._study = env, study
         self._rng = rng
-        self._repeated: set[int] = set()  # numbers of trials
+        self._repeated: set[optuna.Trial] = set()
+        self._numbers: dict[optuna.Trial, int] = {}  # in the study as it is now, of trials that are not told
         self._several = objectives == "several"
         self._around = around
         self._warm: list[tuple[dict[str, float], Proposed]] = []
@@ -633,6 +655,7 @@ class _Trials:
         """Ask for trial after trial and begin to evaluate it."""
         while True:
             trial = self._study.ask()
+            self._numbers[trial] = trial.number
             yield trial, self._submit(trial)
 
     def marked(self) -> Iterator[tuple[optuna.Trial, Proposed]]:
@@ -678,10 +701,42 @@ class _Trials:
 
     def tell(self, trial: optuna.Trial, candidate: Candidate) -> None:
         """Tell the study what came of a trial."""
-        if candidate.failure is None and trial.number not in self._repeated:
-            self._study.tell(trial, self._values(candidate))
+        number = self._numbers.pop(trial, trial.number)
+        if candidate.failure is None and trial not in self._repeated:
+            self._study.tell(number, self._values(candidate))
         else:
-            self._study.tell(trial, state=TrialState.FAIL)
+            self._study.tell(number, state=TrialState.FAIL)
+        self._repeated.discard(trial)
+
+    def forget(self, make: Callable[[], BaseSampler]) -> None:
+        """Go on with a study of the best trials and the newest, once there are so many that sampling takes long.
+
+        TPE takes no more than 25 for good however many there are, so that only what is worse than these is described
+        by fewer. Without this, a search's time would grow with the square of its candidates.
+
+        Args:
+            make: Makes the new study's sampler; one sampler serves one study.
+        """
+        done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if len(done) < _MOST:
+            return
+        kept = {trial.number for trial in (*self._ranked(done)[:_BEST], *done[-_NEWEST:])}
+        ahead = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+        trials = [*(trial for trial in done if trial.number in kept), *ahead]
+        renumbered = {trial.number: number for number, trial in enumerate(trials)}
+        self._study = optuna.create_study(sampler=make(), directions=self._study.directions)
+        self._study.add_trials(trials)
+        self._numbers = {trial: renumbered[number] for trial, number in self._numbers.items()}
+
+    def _ranked(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return trials, the best first; of several objectives, one front after another."""
+        if not self._several:
+            return sorted(trials, key=lambda trial: trial.values, reverse=True)
+        points = []
+        for trial in trials:
+            accuracy, macs, params = trial.values
+            points.append(_Point(str(trial.number), accuracy, macs, params, trial))
+        return [point.trial for point in sorted_by_layers(points)]
 
     def describe(self, trial: optuna.Trial, candidate: Candidate) -> None:
         """Note on a trial what its values do not say, and once more whose it is.
@@ -694,7 +749,7 @@ class _Trials:
 
     def add_told(self, trial: optuna.Trial, candidate: Candidate) -> None:
         """Add a trial beside one that another search was given too, and has told, unless it was nothing new here."""
-        if trial.number not in self._repeated:
+        if trial not in self._repeated:
             self.add(self.policy_of(trial.params), candidate)
 
     def add(self, policy: Policy, candidate: Candidate) -> None:
@@ -726,7 +781,7 @@ class _Trials:
 
     def _switch(self, trial: optuna.Trial, policy: Policy, rng: np.random.Generator) -> None:
         """Have a policy near to one that comes again asked next, once; where all near it are known, a random point."""
-        self._repeated.add(trial.number)
+        self._repeated.add(trial)
         if _AGAIN in trial.user_attrs:  # it was under way when the process died
             return
         trial.set_user_attr(_AGAIN, True)

@@ -1,4 +1,5 @@
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import pytest
 import torch
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from autoprune.agents.base import Agent
 from autoprune.agents.optuna import (
@@ -325,22 +326,66 @@ def test_cmaes_begins_around_the_best_warm_start() -> None:
     assert distance(CMAESAgent()) < 0.6 * distance(CMAESAgent(warm_start=False))
 
 
-def test_what_is_told_belongs_to_the_point_that_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    env, evaluator = synthetic_env(evaluations=15)
-    studies: list[optuna.Study] = []
+@pytest.fixture
+def studies(monkeypatch: pytest.MonkeyPatch) -> list[optuna.Study]:
+    """Return the studies that are created, one after another."""
+    found: list[optuna.Study] = []
     create = optuna.create_study
 
     def kept(**arguments: object) -> optuna.Study:
-        studies.append(create(**arguments))  # type: ignore[arg-type]  # passed on as they are
-        return studies[-1]
+        found.append(create(**arguments))  # type: ignore[arg-type]  # passed on as they are
+        return found[-1]
 
     monkeypatch.setattr(optuna, "create_study", kept)
+    return found
+
+
+def told(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials of which a study knows the values."""
+    return study.get_trials(states=(TrialState.COMPLETE,))
+
+
+def test_what_is_told_belongs_to_the_point_that_was_asked(studies: list[optuna.Study]) -> None:
+    env, evaluator = synthetic_env(evaluations=15)
     run_agent(TPEAgent(), env, seed=0)
-    told = [trial for trial in studies[0].trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    assert len(told) >= 15
-    for trial in told:
+    assert len(told(studies[0])) >= 15
+    for trial in told(studies[0]):
         policy = env.space.decode([trial.params[name] for name in env.space.dimensions])
         assert trial.value == evaluator.accuracy(policy)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("kind", [TPEAgent, UnivariateTPEAgent, MultiObjectiveTPEAgent])
+def test_an_estimator_goes_by_the_best_and_the_newest_of_many_trials(
+    kind: Callable[..., Agent], at_once: int, studies: list[optuna.Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoprune.agents.optuna._MOST", 20)
+    monkeypatch.setattr("autoprune.agents.optuna._BEST", 4)
+    monkeypatch.setattr("autoprune.agents.optuna._NEWEST", 8)
+    env, evaluator = synthetic_env(evaluations=60, objectives=kind().objectives)
+    several = PruningEnv(
+        env.feasible, env.space, evaluator.submit, value=lambda c: c.accuracy, evaluations=60, at_once=at_once
+    )
+    run_agent(kind(), several, seed=0)
+    assert len(studies) >= 4
+    values = set[float]()
+    for before, after in itertools.pairwise(studies):
+        known = told(before)
+        assert len(known) == 20
+        values |= {trial.values[0] for trial in known}
+        kept = [trial.params for trial in told(after)]
+        assert all(trial.params in kept for trial in known[-8:])
+        if kind is MultiObjectiveTPEAgent:
+            assert max(known, key=lambda trial: trial.values[0]).params in kept
+        else:
+            assert all(trial.params in kept for trial in sorted(known, key=lambda trial: -trial.values[0])[:4])
+        for trial in told(after):
+            policy = env.space.decode([trial.params[name] for name in env.space.dimensions])
+            assert trial.values[0] == evaluator.accuracy(policy)
+    values |= {trial.values[0] for trial in told(studies[-1])}
+    under_way = len(evaluator.candidates) - len({c.accuracy for c in evaluator.candidates} & values)
+    assert under_way < at_once + (at_once > 1)  # all else was told, whichever study it was asked from
+    assert len(studies[-1].get_trials(states=(TrialState.RUNNING,))) <= at_once
 
 
 def test_optunas_verbosity_is_put_back() -> None:
