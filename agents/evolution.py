@@ -159,9 +159,14 @@ def switched(feasible: FeasibleSet, removed: Removed, rng: np.random.Generator, 
         raised.append(index)
     others = [index for index in rng.permutation(len(counts)).tolist() if index not in raised]
     decided = np.zeros(len(counts), dtype=np.bool_)
+    fewer = feasible.fewer(counts)
     for index in itertools.chain(others, raised):
-        fewest, _ = feasible.interval(counts, index, decided)
-        counts[index] = min(int(counts[index]), fewest)
+        before, counts[index] = int(counts[index]), fewer[index]
+        if fewer[index] < feasible.lower[index] or feasible.utilisation(counts) > 1:  # so for most, once some are back
+            counts[index] = before
+        else:
+            fewest, _ = feasible.interval(counts, index, decided)
+            counts[index] = min(before, fewest)
     return counts
 
 

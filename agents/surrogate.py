@@ -1,5 +1,6 @@
 """Evolution that asks a model first: of many level switches, the one of which most is expected is evaluated."""
 
+import bisect
 from collections.abc import Iterator
 from typing import ClassVar, Final, final
 
@@ -91,15 +92,14 @@ class SurrogateAgent:
 
         def switched() -> Iterator[tuple[Removed, Proposed]]:
             while True:
-                ranked = learnt.ranked()
-                parents = ranked[: self.survivors]
+                parents = learnt.best(self.survivors)
                 draws: dict[Policy, Removed] = {}
-                for number in range(self.drawn if len(ranked) >= _FEWEST else 1):
+                for number in range(self.drawn if len(learnt) >= _FEWEST else 1):
                     found = neighbour(env, parents[number % len(parents)], rng, seen, step=self.step, tries=1)
                     if found is not None:
                         draws[env.feasible.policy(found)] = found
                 if not draws:  # all near to the best is known
-                    further = (neighbour(env, removed, rng, seen, step=self.step) for removed in ranked)
+                    further = (neighbour(env, removed, rng, seen, step=self.step) for removed in learnt.best())
                     found = next((removed for removed in further if removed is not None), None)
                     if found is None:
                         return
@@ -128,6 +128,7 @@ class _Learnt:
         self._cost = env.feasible.utilisation if spend_is_free(env) else None
         self._removed: list[Removed] = []
         self._values: list[float] = []
+        self._order: list[int] = []  # of them, the best first; of equal ones, what was first evaluated
         self._kernel: Kernel | None = None
         self._chosen_of = 0
 
@@ -136,10 +137,14 @@ class _Learnt:
         self.under_way = [other for other in self.under_way if not np.array_equal(other, removed)]
         self._removed.append(removed)
         self._values.append(value)
+        bisect.insort(self._order, len(self._values) - 1, key=lambda index: -self._values[index])
 
-    def ranked(self) -> list[Removed]:
-        """Return what was evaluated, the best first; of equal ones, what was first evaluated."""
-        return [self._removed[index] for index in self._best()]
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def best(self, number: int | None = None) -> list[Removed]:
+        """Return the best of what was evaluated, so many at most, the best first."""
+        return [self._removed[index] for index in self._order[:number]]
 
     def most_promising(self, draws: list[Removed], optimism: float) -> Removed:
         """Return the counts with the highest upper confidence bound.
@@ -150,7 +155,7 @@ class _Learnt:
         """
         if len(draws) == 1:
             return draws[0]
-        told = self._best()[:_MOST]
+        told = self._order[:_MOST]
         points, trend = self._told([self._removed[index] for index in told])
         if len(self._values) >= _GROWN * self._chosen_of:
             self._kernel, self._chosen_of = None, len(self._values)
@@ -161,9 +166,6 @@ class _Learnt:
         expected, deviation = process.predict(*self._told(draws))
         bounds = np.round(expected + optimism * deviation, 9)  # the first of equals, however they were rounded
         return draws[int(bounds.argmax())]
-
-    def _best(self) -> list[int]:
-        return sorted(range(len(self._values)), key=lambda index: -self._values[index])
 
     def _told(self, several: list[Removed]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Return what the process is told of policies: coordinates, and the trend."""

@@ -8,7 +8,7 @@
 of the search space, to price it, to slice it; and memory at its peak.
 
 `candidates`: candidates of a formula instead of a network, in a ledger on disk. Milliseconds a candidate in the first
-and in the last tenth of a search: of the evaluator and its ledger alone (random policies), and with Optuna's samplers;
+and in the last tenth of a search: of the evaluator and its ledger alone (random policies), and with agents that learn;
 and by how much the process's memory grew.
 
 `workers`: evaluations that sleep, for random times around a median, on threads and on Ray. Seconds until all workers
@@ -32,12 +32,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.agents.optuna import NSGA2Agent, TPEAgent
+from autoprune.agents.optuna import TPEAgent
 from autoprune.agents.random import RandomAgent
 from autoprune.cost import Budget, CostModel, FeasibleSet
 from autoprune.environment import PruningEnv
 from autoprune.evaluation import Arm, Evaluator, Executor, Ledger, Measurement, Outcome, Runs, Work
 from autoprune.policy import Policy
+from autoprune.registry import resolve
 from autoprune.search_spaces.per_group import PerGroup
 from autoprune.seeds import derive
 from autoprune.structure import analyse, plan
@@ -111,11 +112,8 @@ def candidates(options: argparse.Namespace) -> None:
         "| agent | candidates | ms a candidate, first tenth | last tenth | whole | reading the ledger | more memory |"
     )
     print("|---|---|---|---|---|---|---|")
-    for agent, most in (
-        (RandomAgent(), options.most),
-        (TPEAgent(), options.most_tpe),
-        (NSGA2Agent(), options.most_tpe),
-    ):
+    for name in options.agents:
+        agent, most = resolve("agent", name)(), options.most if name == "random" else options.most_learning
         number = 100
         while number <= most:
             with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +124,7 @@ def candidates(options: argparse.Namespace) -> None:
             times = [stamps[tenth] - stamps[0], stamps[-1] - stamps[-1 - tenth]]
             each = " | ".join(f"{1000 * seconds / tenth:.2f}" for seconds in times)
             whole = stamps[-1] - stamps[0]
-            told = [type(agent).__name__, f"{number:,}", each, f"{whole:.1f} s", readable(reading), f"{grown:.0f} MB"]
+            told = [name, f"{number:,}", each, f"{whole:.1f} s", readable(reading), f"{grown:.0f} MB"]
             print(f"| {' | '.join(told)} |", flush=True)
             number *= 10
 
@@ -288,7 +286,8 @@ def _options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("part", choices=("groups", "candidates", "workers"))
     parser.add_argument("--groups", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--most", type=int, default=10_000, help="candidates of the random agent")
-    parser.add_argument("--most-tpe", type=int, default=1000, help="candidates of Optuna's samplers")
+    parser.add_argument("--agents", nargs="+", default=["random", "surrogate", "tpe", "nsga2"], help="of `candidates`")
+    parser.add_argument("--most-learning", type=int, default=1000, help="candidates of the others")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 8, 64], help="threads")
     parser.add_argument("--ray", type=int, nargs="*", default=[1, 2], help="Ray workers, of some 0.4 GB each")
     parser.add_argument("--each", type=int, default=20, help="evaluations of a worker")

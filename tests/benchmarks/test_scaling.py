@@ -37,9 +37,9 @@ def test_groups(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_candidates(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    script.candidates(script._options(["candidates", "--most", "100", "--most-tpe", "0"]))
+    script.candidates(script._options(["candidates", "--agents", "random", "--most", "100"]))
     ((agent, number, first, last, whole, _, memory),) = rows(capsys.readouterr().out)
-    assert (agent, number) == ("RandomAgent", "100")
+    assert (agent, number) == ("random", "100")
     assert float(whole.removesuffix(" s")) > 0
     assert all(float(cell) > 0 for cell in (first, last))
     assert memory.endswith(" MB")
