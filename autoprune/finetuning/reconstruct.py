@@ -23,7 +23,7 @@ from torch import nn
 
 from autoprune.inputs import evaluating
 from autoprune.moments import LayerMoments, Moments, Picks, Use, Watch
-from autoprune.moments.solve import fitted, kept_from_rows, kept_weights, masked_weights, regularised
+from autoprune.moments.solve import fitted, gram, kept_from_rows, kept_weights, masked_weights, regularised
 from autoprune.moments.store import as_matrix
 from autoprune.structure import Cut
 from autoprune.structure.heads import FewerHeadsAttention
@@ -177,8 +177,8 @@ class Refit:
             if target is None or target.first != len(use.inputs):
                 return
             kept, zeroed = change.kept.get(use.weight, {}), change.zeroed.get(use.weight)
-            if not kept and zeroed is None and _alike(use.inputs, target.read):
-                return
+            if use.input_dim not in kept and zeroed is None and _alike(use.inputs, target.read):
+                return  # the outputs that stay are what they were
             if target.places == (use.places if use.kernel else ()):
                 self._fit(use, target, parameters, kept, zeroed)
 
@@ -232,7 +232,7 @@ def _beside_zeros(weight: torch.Tensor, there: torch.Tensor, stays: torch.Tensor
     rows, width = there.shape[1:]
     if rows < width:
         return weight * stays
-    second = regularised(there.transpose(1, 2) @ there / rows, rows)
+    second = regularised(gram(there) / rows, rows)
     return torch.stack([masked_weights(*part) for part in zip(weight, second, stays, strict=True)])
 
 

@@ -443,7 +443,7 @@ class TestRefit:
         solved, _ = known.reconstructed({"0": [5, 3]})
         torch.testing.assert_close(smaller[2].weight, solved[2].weight, rtol=0, atol=1e-6)
         torch.testing.assert_close(smaller[2].bias, solved[2].bias, rtol=0, atol=1e-6)
-        torch.testing.assert_close(smaller[0].weight, known.net[0].weight[[0, 1, 2, 4]], rtol=0, atol=1e-6)
+        assert torch.equal(smaller[0].weight, known.net[0].weight[[0, 1, 2, 4]])  # it lost outputs alone
 
     @pytest.mark.parametrize(("make", "shape", "removed"), [CASES[0], CASES[1], CASES[5], CASES[7]])
     def test_norms_have_the_statistics_of_the_batch(self, make, shape, removed):

@@ -9,6 +9,7 @@ from autoprune.moments.solve import (
     FLOOR,
     Eliminator,
     fitted,
+    gram,
     kept_from_rows,
     kept_weights,
     losses,
@@ -347,6 +348,15 @@ class TestMaskedWeights:
         weight, second, stays = self.problem()
         torch.testing.assert_close(masked_weights(weight, second, torch.ones_like(stays)), weight)
         assert torch.all(masked_weights(weight, second, torch.zeros_like(stays)) == 0)
+
+
+class TestGram:
+    @pytest.mark.parametrize("width", [1, 5, 6, 7, 13])
+    @pytest.mark.parametrize("leading", [(), (1,), (3,)])
+    def test_wide_rows_are_multiplied_by_blocks_to_the_same(self, width, leading, monkeypatch):
+        monkeypatch.setattr("autoprune.moments.solve._WIDE", 6)
+        rows = drawn(*leading, 20, width)
+        torch.testing.assert_close(gram(rows), rows.mT @ rows)
 
 
 class TestFitted:
