@@ -15,10 +15,10 @@ measure the accuracy on the validation split (5,000); then the same with 20 step
 
 They alternate in one process; medians, and ratios of them. Besides: what the framework and agents take of a candidate's
 time, the share of the machine's measured matrix-product rate in bfloat16, where measuring spends its time, what a race
-saves, and sensitivity cells, nine ratios a group, beside as many candidates by hand, and as many that FastNAS of
-NVIDIA's ModelOpt scores. FastNAS too chooses by scores of one layer at a time; it recalibrates and measures the whole
-network for each, in float32. It is left out where it can't be imported (pip install nvidia-modelopt huggingface_hub
-torchprofile==0.0.4).
+saves, what torch's compiler takes and saves (`--compiled`), and sensitivity cells, nine ratios a group, beside as many
+candidates by hand, and as many that FastNAS of NVIDIA's ModelOpt scores. FastNAS too chooses by scores of one layer at
+a time; it recalibrates and measures the whole network for each, in float32. It is left out where it can't be imported
+(pip install nvidia-modelopt huggingface_hub torchprofile==0.0.4).
 
 Without `--data-root` the network has random weights and the images are noise: time does not depend on either.
 """
@@ -345,6 +345,31 @@ def spent(ours: Ours) -> dict[str, float]:
     return {name: time / whole for name, time in sorted(times.items(), key=lambda item: -item[1])[:6]}
 
 
+def compiled(ours: Ours, repeats: int = 10) -> dict[str, float]:
+    """Return the seconds of a batch of a candidate as it is measured, and compiled, and of compiling.
+
+    Every candidate has other shapes, and is compiled anew.
+    """
+    bench = ours.bench
+    model = bench._folding(bench.recovered(ours.removed)).eval()
+    inputs, _ = next(iter(bench._val))
+    times = {}
+    with torch.no_grad(), bench.precision.running(bench.device):
+        faster = torch.compile(model)
+        started = time.perf_counter()
+        faster(inputs)
+        times["compiling"] = time.perf_counter() - started
+        for name, network in (("compiled", faster), ("as it is", model)):
+            each = []
+            for _ in range(repeats):
+                started = time.perf_counter()
+                network(inputs)
+                synchronise(bench.device)
+                each.append(time.perf_counter() - started)
+            times[name] = statistics.median(each)
+    return {**times, "samples": len(inputs)}
+
+
 def by_fastnas(
     task: ap.Task,
     calibration: int,
@@ -463,8 +488,8 @@ def table(found: dict[str, Any]) -> str:
         + ".",
         f"Framework: {1e3 * found['overhead']:.1f} ms a candidate; agents: "
         + ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in found["agents"].items())
-        + f". Share of the matrix-product rate in bfloat16: "
-        f"{found['share']:.0%}.",
+        + "."
+        + ("" if found["share"] is None else f" Share of the matrix-product rate in bfloat16: {found['share']:.0%}."),
     ]
     race = found["race"]
     if race is not None:
@@ -472,6 +497,12 @@ def table(found: dict[str, Any]) -> str:
             f"A race, over {race['policies']} random policies: {race['stopped']} were stopped, {race['samples']:.0%} "
             f"of the samples were measured, {race['times']:.2f} times as fast; the accuracies are "
             f"{100 * race['error']:.1f} points off (root mean square), Kendall's tau with the whole {race['tau']:.2f}."
+        )
+    compared = found["compiled"]
+    if compared is not None:
+        lines.append(
+            f"A batch of {compared['samples']} takes {1e3 * compared['as it is']:.1f} ms, compiled "
+            f"{1e3 * compared['compiled']:.1f} ms, and compiling {compared['compiling']:.1f} s."
         )
     return "\n".join(lines)
 
@@ -503,6 +534,7 @@ def main() -> None:
         "race": raced(ours["reconstructed"], options.raced) if options.raced else None,
         "overhead": overhead,
         "agents": proposing(same, options.agents),
+        "compiled": compiled(same) if options.compiled else None,
         "share": work / candidates[0]["ours, recalibrated"]["median"] / peak(same.bench.device)
         if 0 in candidates
         else None,
@@ -544,6 +576,7 @@ def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--raced", type=int, default=40, help="random policies of the race; 0 for none")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--agents", nargs="+", default=["tpe", "random"], help="whose own time is taken")
+    parser.add_argument("--compiled", action="store_true", help="time torch's compiler too; it needs one of C++")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, auto")
     parser.add_argument("--json", type=Path)

@@ -122,6 +122,18 @@ def test_what_measuring_is_spent_on_adds_up(script: ModuleType, ours: Any) -> No
     assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
+def test_the_compiler_is_timed_on_a_batch_as_it_is_measured(
+    script: ModuleType, ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda model: given.append(model) or model)
+    found = script.compiled(ours, repeats=2)
+    assert found["samples"] == 30
+    assert min(found.values()) > 0
+    (model,) = given
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())  # they are folded
+
+
 def test_fastnas_scores_a_layer_at_a_time(script: ModuleType, task: Task) -> None:
     pytest.importorskip("modelopt")
     with warnings.catch_warnings():
@@ -158,6 +170,7 @@ def test_the_table_has_the_ratios(script: ModuleType) -> None:
             "overhead": 0.003,
             "agents": {"tpe": 0.0123, "random": 0.0004},
             "share": 0.42,
+            "compiled": {"samples": 50, "as it is": 0.0204, "compiled": 0.0151, "compiling": 41.26},
         }
     )
     assert "| ours | 0 | 2.00 (2.00 to 2.00) | 30 | 2.5 | 4.0 |" in text
@@ -166,3 +179,4 @@ def test_the_table_has_the_ratios(script: ModuleType) -> None:
     assert "3.0 ms a candidate; agents: tpe 12.3 ms, random 0.4 ms. Share" in text
     assert "on one thread: conv 60%, add 10%." in text
     assert "over 9 random policies: 4 were stopped, 60% of the samples were measured, 1.25 times as fast" in text
+    assert "A batch of 50 takes 20.4 ms, compiled 15.1 ms, and compiling 41.3 s." in text
