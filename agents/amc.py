@@ -44,6 +44,7 @@ from typing import Any, ClassVar, Self, final
 import numpy as np
 import numpy.typing as npt
 import torch
+from gymnasium import spaces
 from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import NStepReplayBuffer
@@ -65,6 +66,7 @@ Walked = list[tuple[Array, Array, Array]]
 
 _LAST_SIGMA = 0.02  # exploration at the end, relative to its start
 _NARROWEST, _WIDEST = 1e-6, 8.0  # exploration, in actions: all but none, and all but uniform
+_FAR = 1e6  # what Stable-Baselines3 takes for a whole line, since it wants bounds
 _FOREVER = 1 << 62  # steps: the evaluations end a search, not these
 
 
@@ -101,9 +103,13 @@ class _GroupByGroup:
         )
         while "policy" not in info:
             action, _ = learner.predict(observation, deterministic=True)
-            observation, _, info = quiet.decide(action)
+            observation, _, info = quiet.decide(self._executed(action))
         policy: Policy = info["policy"]
         return policy
+
+    def _executed(self, action: Array) -> Array:
+        """Return what is executed where the learner says `action`."""
+        return action
 
     def _options(self, episode: int) -> dict[str, Any]:
         """Return how an episode goes; the first is number 0."""
@@ -123,6 +129,8 @@ class AMCAgent(_GroupByGroup):
         bootstrap_after: Decisions until the critic's own estimate stands in for the return. None: never.
         hidden: Units of the hidden layers.
         tau: How fast target networks follow, in (0, 1].
+        gamma: Discount of a decision's return, in (0, 1].
+        baseline: How far the moving average that is taken off rewards goes to those of each batch, in [0, 1].
         batch: Transitions of a gradient step.
         episodes_kept: In the replay memory.
         order: In which groups are decided: "forward", "reverse" or "random".
@@ -157,6 +165,8 @@ class AMCAgent(_GroupByGroup):
         bootstrap_after: int | None = None,
         hidden: Sequence[int] = (300, 300),
         tau: float = 0.01,
+        gamma: float = 1.0,
+        baseline: float = 0.5,
         batch: int = 64,
         episodes_kept: int = 100,
         order: str = "forward",
@@ -177,12 +187,16 @@ class AMCAgent(_GroupByGroup):
             "critic_lr": critic_lr,
             "bootstrap_after": bootstrap_after,
             "tau": tau,
+            "gamma": gamma,
             "batch": batch,
             "episodes_kept": episodes_kept,
         }
         for name, value in positive.items():
             if value is not None and not value > 0:
                 raise ConfigError(f"`{name} > 0` must hold, but got {name}={value}")
+        for name, value in {"tau": tau, "gamma": gamma, "baseline": baseline}.items():
+            if not 0 <= value <= 1:
+                raise ConfigError(f"`0 <= {name} <= 1` must hold, but got {name}={value}")
         self.warmup = warmup
         self.sigma = sigma
         self.decay = decay
@@ -192,6 +206,8 @@ class AMCAgent(_GroupByGroup):
         self.bootstrap_after = bootstrap_after
         self.hidden = tuple(hidden)
         self.tau = tau
+        self.gamma = gamma
+        self.baseline = baseline
         self.batch = batch
         self.episodes_kept = episodes_kept
         self.warm_start = warm_start
@@ -204,8 +220,8 @@ class AMCAgent(_GroupByGroup):
     def published(cls, episodes: int = 800, **changes: Any) -> Self:
         """Return the agent with the paper's settings; the module says what differs all the same.
 
-        The paper has 800 episodes, of which the first 100 are warm-up, and 0.95 as decay. With fewer the warm-up is as
-        large a share of them, and exploration shrinks as far by the end.
+        The paper has 800 episodes, of which the first 100 are warm-up and the last 100 are kept, and 0.95 as decay.
+        With fewer, as large a share of them is, and exploration shrinks as far by the end.
 
         Args:
             episodes: How many the search is to have: its evaluations. With an eighth of these there is warm-up alone.
@@ -219,6 +235,7 @@ class AMCAgent(_GroupByGroup):
         warmup = max(1, round(episodes / 8))
         settings: dict[str, Any] = {
             "warmup": warmup,
+            "episodes_kept": warmup,
             "decay": 0.95 ** (700 / (episodes - warmup)),
             "updates": 1,
             "actor_lr": 1e-4,
@@ -301,11 +318,12 @@ class AMCAgent(_GroupByGroup):
             "buffer_size": self.episodes_kept * decisions,
             "batch_size": self.batch,
             "tau": self.tau,
-            "gamma": 1.0,
+            "gamma": self.gamma,
             "replay_buffer_class": _Replay,
             "replay_buffer_kwargs": {
                 "n_steps": min(self.bootstrap_after or decisions, decisions),
-                "gamma": 1.0,
+                "gamma": self.gamma,
+                "baseline": self.baseline,
                 "scaled": self.scale_rewards,
             },
             "policy_kwargs": {"net_arch": list(self.hidden)},
@@ -352,8 +370,9 @@ class PPOAgent(_GroupByGroup):
     """Proximal policy optimisation (Schulman et al. 2017, https://arxiv.org/abs/1707.06347) in AMC's environment.
 
     On-policy: it learns from its own episodes only, some at a time, so that warm starts are evaluated and not learnt
-    from. As many episodes as may be under way run side by side. Without warm starts, tens of evaluations leave it level
-    with random search or behind. See `Agent` for the contract.
+    from. As many episodes as may be under way run side by side. What its normal distribution draws is squashed by a
+    hyperbolic tangent, where Stable-Baselines3 would cut it off and learn from what was not executed. Without warm
+    starts, tens of evaluations leave it level with random search or behind. See `Agent` for the contract.
 
     Args:
         episodes: Between two updates, at least 2.
@@ -420,6 +439,9 @@ class PPOAgent(_GroupByGroup):
             learner.set_logger(Logger(folder=None, output_formats=[]))
             learner.learn(_FOREVER)
 
+    def _executed(self, action: Array) -> Array:
+        return _squashed(action)
+
 
 def _walk(env: PruningEnv, act: Callable[[Array], Array], options: Mapping[str, Any]) -> tuple[Walked, Proposed]:
     """Decide all groups, and return what was seen and done, and what waits for the candidate."""
@@ -446,6 +468,12 @@ def truncated_normal(mean: float, sigma: float, rng: np.random.Generator) -> Arr
     quantile = rng.uniform(normal.cdf(-1.0), normal.cdf(1.0))
     drawn = normal.inv_cdf(min(max(quantile, 1e-12), 1 - 1e-12))
     return np.array([min(1.0, max(-1.0, drawn))], dtype=np.float32)
+
+
+def _squashed(drawn: Array) -> Array:
+    """Return the action in [-1, 1] that stands for a number on the whole line; each number has its own."""
+    squashed: Array = np.tanh(drawn)
+    return squashed
 
 
 class _Learner(OffPolicyAlgorithm):
@@ -492,18 +520,18 @@ class _Replay(NStepReplayBuffer):
     The latter only where they are `scaled`.
     """
 
-    def __init__(self, *args: Any, scaled: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, baseline: float, scaled: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._scaled = scaled
+        self._pace, self._scaled = baseline, scaled
         self._baseline: float | None = None
 
     def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
-        """Draw a batch; the baseline follows half-way to its mean final reward."""
+        """Draw a batch; the baseline goes some of the way to its mean final reward."""
         batch = super().sample(batch_size, env)
         final = batch.dones > 0
         if final.any():
             mean = float(batch.rewards[final].mean())
-            self._baseline = mean if self._baseline is None else (self._baseline + mean) / 2
+            self._baseline = mean if self._baseline is None else self._baseline + self._pace * (mean - self._baseline)
         kept = self.rewards[: self.size()][self.dones[: self.size()] > 0]
         spread = (float(kept.std()) if self._scaled and len(kept) > 1 else 0.0) or 1.0
         return batch._replace(rewards=(batch.rewards - batch.dones * (self._baseline or 0.0)) / spread)
@@ -544,12 +572,14 @@ class _LentGenerators:
 class _Lanes(VecEnv):
     """Environments side by side, in step: their candidates are under way together.
 
-    They are evaluated with the owner's generators and threads. `options` says of every episode how it goes.
+    They are evaluated with the owner's generators and threads. `options` says of every episode how it goes. Actions are
+    numbers on the whole line, which are squashed.
     """
 
     def __init__(self, env: PruningEnv, generators: _LentGenerators, options: Callable[[int], dict[str, Any]]) -> None:
         self._lanes = [env.beside() for _ in range(env.at_once)]  # which the other base asks about
-        super().__init__(env.at_once, env.observation_space, env.action_space)
+        line = spaces.Box(-_FAR, _FAR, (1,), np.float32)
+        super().__init__(env.at_once, env.observation_space, line)
         self._generators = generators
         self._episodes = map(options, itertools.count())
         self._actions: Array = np.zeros((env.at_once, 1), dtype=np.float32)
@@ -560,7 +590,7 @@ class _Lanes(VecEnv):
 
     def step_async(self, actions: Array) -> None:
         """Take the actions, `(lanes, 1)`."""
-        self._actions = actions
+        self._actions = _squashed(actions)
 
     def step_wait(self) -> tuple[Array, Array, npt.NDArray[np.bool_], list[dict[str, Any]]]:
         """Decide a group in each; at the last, wait for all candidates."""

@@ -1,4 +1,4 @@
-"""One threshold on what a group may lose alone, as FastNAS and PaddleSlim choose, and other measures of the loss."""
+"""One threshold on what a group may lose alone, as FastNAS, PaddleSlim and AIMET choose, and other measures of it."""
 
 import functools
 import math
@@ -21,8 +21,9 @@ __all__ = ["ThresholdAgent"]
 class ThresholdAgent:
     """Removes from every group as much as costs it the same alone; then tries other measures of what it costs.
 
-    FastNAS (NVIDIA ModelOpt, `modelopt/torch/prune/fastnas.py`) and PaddleSlim measure each group alone, and find by
-    bisection the largest drop that, allowed to every group, just meets the budget. Neither looks at a whole policy.
+    FastNAS (NVIDIA ModelOpt, `modelopt/torch/prune/fastnas.py`), PaddleSlim, and AIMET in what it calls greedy
+    selection (`aimet_common/comp_ratio_select.py`) measure each group alone, and find by bisection the largest drop
+    that, allowed to every group, just meets the budget. None looks at a whole policy.
     That policy comes first here, with the drop of the loss, which is less noisy than that of the accuracy; with one
     evaluation there is no other. Each further evaluation is of a policy that one threshold gives on another measure:
 

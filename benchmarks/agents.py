@@ -222,12 +222,15 @@ def table(name: str, document: Mapping[str, Any], options: argparse.Namespace) -
     for label in ("few", "many"):
         found = others(options.out / f"{name}-{label}")
         if found:
-            picks, values, asked = found
+            seeds, picks, values, evaluations = zip(*found, strict=True)
             what = {"few": DEFAULT, "many": "amc, as published"}[label]
-            seeds = "" if len(values) == document["seeds"] else f", {len(values)} of the seeds"
-            cells = [f"{what}, {asked}{seeds}", spread(t_interval(picks)._asdict()), "", "", str(asked)]
-            cells += [spread(t_interval(values)._asdict()), more(values, tests.get("random"))]
-            cells.append(more(values, tests.get("uniform")))
+            whole = "" if len(seeds) == document["seeds"] else f", {len(seeds)} of the seeds"
+            asked = " to ".join(map(str, sorted({min(evaluations), max(evaluations)})))
+            cells = [f"{what}, {max(evaluations)}{whole}", spread(t_interval(picks)._asdict()), "", "", asked]
+            cells.append(spread(t_interval(values)._asdict()))
+            for rival in ("random", "uniform"):
+                there = tests.get(rival)
+                cells.append(more(values, None if there is None else [there[seed] for seed in seeds]))
             yield f"| {' | '.join(cells)} |"
     yield ""
 
@@ -255,17 +258,16 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def others(folder: Path) -> tuple[list[float], list[float], int] | None:
-    """Return the picks of searches of another length, as found and fine-tuned, and how many evaluations they had."""
-    done = [file.parent for file in sorted(folder.glob("*/final.json"))]
-    if not done:
-        return None
-    results = [json.loads((run / "result.json").read_text()) for run in done]
-    tests = [json.loads((run / "final.json").read_text())["test"]["accuracy"] for run in done]
-    return [result["picked"]["accuracy"] for result in results], tests, max(r["candidates"] for r in results)
+def others(folder: Path) -> list[tuple[int, float, float, int]]:
+    """Return seed, pick as found and fine-tuned, and evaluations, of the searches of another length that are done."""
+    found = []
+    for run in sorted((file.parent for file in folder.glob("*/final.json")), key=lambda run: int(run.name)):
+        result, final = (json.loads((run / f"{file}.json").read_text()) for file in ("result", "final"))
+        found.append((int(run.name), result["picked"]["accuracy"], final["test"]["accuracy"], result["candidates"]))
+    return found
 
 
-def more(own: list[float] | None, other: list[float] | None) -> str:
+def more(own: Sequence[float] | None, other: Sequence[float] | None) -> str:
     """Return a mean difference in points with its standard error, in pairs of the seeds that both have."""
     pairs = [] if own is None or other is None or own is other else list(zip(own, other, strict=False))
     if len(pairs) < 2:

@@ -309,7 +309,7 @@ searching = importlib.import_module("autoprune.search")
 searching.render, searching.MLflowTracker = lambda folder: folder.report, lambda **_: NullTracker()
 export._save_program = lambda *_: None
 command = ["autoprune", *sys.argv[1:]]
-for agent in ("tpe", "amc"):
+for agent in ("surrogate", "tpe", "amc"):
     sys.argv = [*command, "--agent", agent, "--out", agent]
     try:
         cli.main()
@@ -319,7 +319,7 @@ for agent in ("tpe", "amc"):
 
 
 def test_in_a_fresh_process_with_another_hash_seed_it_is_the_same_search(weights: Path, tmp_path: Path) -> None:
-    """Two searches in each process, without what takes the time besides: report, program and MLflow's store."""
+    """Three searches in each process, without what takes the time besides: report, program and MLflow's store."""
 
     def left(hash_seed: str) -> dict[str, Any]:
         out = tmp_path / hash_seed
@@ -328,7 +328,7 @@ def test_in_a_fresh_process_with_another_hash_seed_it_is_the_same_search(weights
         command = [sys.executable, "-c", SEVERAL, *SEARCH, "--weights", str(weights)]
         subprocess.run(command, env=environment, capture_output=True, check=True, cwd=out)
         found: dict[str, Any] = {}
-        for agent in ("tpe", "amc"):
+        for agent in ("surrogate", "tpe", "amc"):
             lines = [
                 json.loads(line) | {"seconds": 0} for line in (out / agent / "ledger.jsonl").read_text().splitlines()
             ]

@@ -1580,6 +1580,34 @@ def test_what_an_agent_is_to_raise(
     assert agent.values == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("sensitivity", [(0.25, 0.5, 0.75), ()])
+@pytest.mark.parametrize("objectives", ["one", "several"])
+def test_warm_starts_are_what_was_predicted_and_measured_and_uniform(
+    sensitivity: tuple[float, ...], objectives: str, tmp_path: Path, light: None
+) -> None:
+    class Looking:
+        def run(self, env: PruningEnv, *, seed: int) -> None:
+            envs.append(env)
+
+    envs: list[PruningEnv] = []
+    agent = Looking()
+    agent.objectives = objectives  # type: ignore[attr-defined]
+    run(tmp_path / "run", agent=agent, sensitivity=sensitivity, finetune_steps=0, control=0)
+    (env,) = envs
+    assert env.predicted is not None
+    expected = []
+    for share in (1.0,) if objectives == "one" else (0.5, 0.75, 0.25):
+        within = env.feasible.limited(share)
+        if within.utilisation(within.upper) <= 1:  # else it can't be reached
+            expected.append(env.predicted.allocate(within))
+            if sensitivity:
+                assert env.measured is not None
+                expected += [env.measured.allocate(within), env.measured.threshold(within)]
+            expected.append(env.feasible.policy(env.feasible.uniform(share)))
+    assert list(env.warm_starts) == expected
+    assert len(set(expected)) > 1
+
+
 def test_an_agent_sees_the_layers_and_the_slopes_of_the_analysis(tmp_path: Path, light: None) -> None:
     class Looking:
         objectives = "one"

@@ -177,18 +177,20 @@ def test_the_reward_stands_at_the_last_transition_only(
         assert (replay.rewards[index, 0] in accuracies) if last else (replay.rewards[index, 0] == 0)
 
 
+@pytest.mark.parametrize("pace", [0.5, 0.25])
 @pytest.mark.parametrize(("scaled", "spread"), [(True, 0.2), (False, 1.0)])
-def test_final_rewards_come_less_a_moving_average_and_by_their_spread(scaled: bool, spread: float) -> None:
+def test_final_rewards_come_less_a_moving_average_and_by_their_spread(scaled: bool, spread: float, pace: float) -> None:
     env, _ = synthetic_env(evaluations=1, widths=(8, 8))
     spaces = env.observation_space, env.action_space
-    replay = amc._Replay(10, *spaces, device="cpu", n_steps=2, gamma=1.0, scaled=scaled)
+    replay = amc._Replay(10, *spaces, device="cpu", n_steps=2, gamma=1.0, baseline=pace, scaled=scaled)
     zeros, action = env.reset()[0] * 0, np.zeros(1, np.float32)
     with amc._LentGenerators(0).lent():
         for reward, done in ((0.0, False), (0.8, True)):
             replay.add(zeros, zeros, action, np.array([reward]), np.array([done]), [{}])
         assert replay.sample(8).rewards.numpy() == pytest.approx(0.0, abs=1e-6)  # 0.8 less 0.8, at both transitions
         replay.rewards[1] = 0.4
-        assert replay.sample(8).rewards.numpy() == pytest.approx(-0.2, abs=1e-6)  # the baseline is (0.8 + 0.4) / 2
+        baseline = 0.8 + pace * (0.4 - 0.8)
+        assert replay.sample(8).rewards.numpy() == pytest.approx(0.4 - baseline, abs=1e-6)
         for reward, done in ((0.0, False), (0.8, True)):
             replay.add(zeros, zeros, action, np.array([reward]), np.array([done]), [{}])
         relative = replay.sample(64).rewards.numpy()
@@ -266,6 +268,33 @@ def test_ppo_runs_as_many_episodes_side_by_side_as_may_be_under_way() -> None:
     run_agent(PPOAgent(episodes=3, epochs=1), env, seed=0)
     assert most == 3
     assert len(evaluator.candidates) == 12
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_ppo_learns_from_the_actions_that_were_executed(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number that it draws stands for an action of its own: none is cut off."""
+    executed: list[float] = []
+    learnt: list[np.ndarray] = []
+    decide, train = PruningEnv.decide, amc.PPO.train
+
+    def noted(env: PruningEnv, action: Any) -> Any:
+        executed.append(float(action[0]))
+        return decide(env, action)
+
+    def noting(learner: Any) -> None:
+        learnt.append(learner.rollout_buffer.actions.copy())  # (steps, lanes, 1), before they are shuffled
+        train(learner)
+
+    monkeypatch.setattr(PruningEnv, "decide", noted)
+    monkeypatch.setattr(amc.PPO, "train", noting)
+    env, evaluator = synthetic_env(evaluations=20)
+    lanes = PruningEnv(
+        env.feasible, env.space, evaluator.submit, value=lambda c: c.accuracy, evaluations=20, at_once=at_once
+    )
+    run_agent(PPOAgent(episodes=4, epochs=1), lanes, seed=0)
+    drawn = np.concatenate([actions.reshape(-1) for actions in learnt])
+    assert np.abs(drawn).max() > 1.5
+    assert np.tanh(drawn) == pytest.approx(executed[: len(drawn)], abs=1e-6)
 
 
 @pytest.fixture
@@ -370,10 +399,14 @@ def test_ppo_refuses_useless_settings(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"warmup": 0}, {"sigma": 0.0}, {"updates": 0}, {"actor_lr": -1.0}, {"critic_lr": 0.0}, {"decay": 0.0}]
+    "settings",
+    [
+        *({"warmup": 0}, {"sigma": 0.0}, {"updates": 0}, {"actor_lr": -1.0}, {"critic_lr": 0.0}, {"decay": 0.0}),
+        *({"gamma": 0.0}, {"gamma": 1.5}, {"tau": 2.0}, {"baseline": -0.1}),
+    ],
 )
 def test_useless_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="> 0` must hold"):
+    with pytest.raises(ConfigError, match=r"(> 0|<= 1)` must hold"):
         AMCAgent(**settings)
 
 
@@ -441,10 +474,18 @@ def test_the_numbers_of_the_agent_for_few_evaluations(watched: Watched) -> None:
     assert watched.trained[:2] == [(4 * 4 * 4, 64), (4 * 4, 64)]  # four a decision, the warm-up's first
 
 
+def test_the_discount_is_the_learner_s_and_the_memory_s() -> None:
+    env, _ = synthetic_env(evaluations=2)
+    agent = AMCAgent(warmup=1, gamma=0.9, hidden=(8,))
+    run_agent(agent, env, seed=0)
+    assert agent.learner.gamma == agent.learner.replay_buffer.gamma == 0.9
+
+
 def test_the_published_agent_scales_with_its_episodes() -> None:
     whole, small = AMCAgent.published(), AMCAgent.published(episodes=60)
     assert (whole.warmup, whole.decay, whole.warm_start) == (100, 0.95, False)
     assert (small.warmup, small.decay) == (8, pytest.approx(0.95 ** (700 / 52)))
+    assert (whole.episodes_kept, small.episodes_kept) == (100, 8)
     assert isinstance(TD3Agent.published(episodes=60), TD3Agent)
     with pytest.raises(ConfigError, match=r"`episodes >= 2` must hold, but got episodes=1"):
         AMCAgent.published(episodes=1)
