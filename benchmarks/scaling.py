@@ -13,7 +13,7 @@ and by how much the process's memory grew.
 
 `workers`: evaluations that sleep, for random times around a median, on threads and on Ray. Seconds until all workers
 are up, and how busy they are from then on: the sum of all evaluations' times over what the workers had, for an agent
-that draws and for one that learns.
+that draws and for two that learn.
 """
 
 import argparse
@@ -32,8 +32,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.agents.optuna import TPEAgent
-from autoprune.agents.random import RandomAgent
 from autoprune.cost import Budget, CostModel, FeasibleSet
 from autoprune.environment import PruningEnv
 from autoprune.evaluation import Arm, Evaluator, Executor, Ledger, Measurement, Outcome, Runs, Work
@@ -112,7 +110,7 @@ def candidates(options: argparse.Namespace) -> None:
         "| agent | candidates | ms a candidate, first tenth | last tenth | whole | reading the ledger | more memory |"
     )
     print("|---|---|---|---|---|---|---|")
-    for name in options.agents:
+    for name in options.agents or ("random", "surrogate", "tpe", "nsga2"):
         agent, most = resolve("agent", name)(), options.most if name == "random" else options.most_learning
         number = 100
         while number <= most:
@@ -254,11 +252,12 @@ def workers(options: argparse.Namespace) -> None:
             executor = make(number)
             try:
                 up, _ = timed(functools.partial(meet, executor, number))
-                for agent in (RandomAgent(), TPEAgent()):
+                for name in options.agents or ("random", "surrogate", "tpe"):
+                    agent = resolve("agent", name)()
                     watched, count = Timed(executor), options.each * number
                     took, _ = timed(functools.partial(search, feasible, pipeline, agent, count, None, watched))
                     share = watched.busy / (number * took)
-                    told = [number, kind, readable(up), type(agent).__name__, count, f"{share:.0%}"]
+                    told = [number, kind, readable(up), name, count, f"{share:.0%}"]
                     print(f"| {' | '.join(map(str, told))} |", flush=True)
             finally:
                 executor.close()
@@ -286,8 +285,8 @@ def _options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("part", choices=("groups", "candidates", "workers"))
     parser.add_argument("--groups", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--most", type=int, default=10_000, help="candidates of the random agent")
-    parser.add_argument("--agents", nargs="+", default=["random", "surrogate", "tpe", "nsga2"], help="of `candidates`")
     parser.add_argument("--most-learning", type=int, default=1000, help="candidates of the others")
+    parser.add_argument("--agents", nargs="+", help="of `candidates` and `workers`")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 8, 64], help="threads")
     parser.add_argument("--ray", type=int, nargs="*", default=[1, 2], help="Ray workers, of some 0.4 GB each")
     parser.add_argument("--each", type=int, default=20, help="evaluations of a worker")

@@ -64,7 +64,7 @@ def test_busy_is_a_share_of_what_all_workers_had(script: ModuleType, capsys: pyt
     few = ["--each", "3", "--seconds", "0.1"]
     script.workers(script._options(["workers", "--workers", "1", "4", "--ray", *few]))
     found = rows(capsys.readouterr().out)
-    expected = [(str(n), "threads", agent, str(3 * n)) for n in (1, 4) for agent in ("RandomAgent", "TPEAgent")]
+    expected = [(str(n), "threads", agent, str(3 * n)) for n in (1, 4) for agent in ("random", "surrogate", "tpe")]
     assert [(row[0], row[1], row[3], row[4]) for row in found] == expected
     assert all(5 <= share <= 100 for share in shares(found))
 
@@ -76,7 +76,7 @@ def test_ray_workers_are_rows_of_their_own() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = rows(done.stdout)
     assert [(row[0], row[1], row[3], row[4]) for row in found] == [
-        ("2", "Ray", agent, "2") for agent in ("RandomAgent", "TPEAgent")
+        ("2", "Ray", agent, "2") for agent in ("random", "surrogate", "tpe")
     ]
     assert all(0 <= share <= 100 for share in shares(found))
 
