@@ -162,8 +162,11 @@ def switched(feasible: FeasibleSet, removed: Removed, rng: np.random.Generator, 
     decided = np.zeros(len(counts), dtype=np.bool_)
     fewer = feasible.fewer(counts)
     for index in itertools.chain(others, raised):
-        before, counts[index] = int(counts[index]), fewer[index]
-        if fewer[index] < feasible.lower[index] or feasible.utilisation(counts) > 1:  # so for most, once some are back
+        before = int(counts[index])
+        if before <= feasible.lower[index]:
+            continue
+        counts[index] = fewer[index]
+        if feasible.utilisation(counts) > 1:  # so for most, once some are back
             counts[index] = before
         else:
             fewest, _ = feasible.interval(counts, index, decided)
