@@ -69,7 +69,7 @@ LAYERS = {
     "standings": "errors pareto",
     "compare": f"{_PARTS} search standings",
     "search_spaces": f"{_NETWORK} sensitivity",
-    "agents": f"{_NETWORK} scoring evaluation separable analytic sensitivity environment search_spaces",
+    "agents": f"{_NETWORK} scoring evaluation separable analytic sensitivity environment search_spaces pareto",
     "autoprune": f"{_PARTS} search standings compare",
     "testing": _ALL,
     "cli": _ALL,
