@@ -30,8 +30,7 @@ class EvolutionAgent:
     * EvoPress tests all offspring on few samples and its survivors on ever more. This agent does not: all agents are
       compared at the same fidelity, so how much is measured of a candidate, and how far it is recovered before, is the
       evaluator's to say (`--race` stops at the first samples who is clearly worse; `--promote` goes on with the best).
-      Offspring are compared by their value, and of equal ones the one that was evaluated first survives; by default
-      one does, as after the last of EvoPress's tests.
+      Offspring are compared by their value, and of equal ones the one that was evaluated first survives.
     * The first generation is the warm starts; without any, the uniform policy, as in EvoPress.
     * A search has tens of evaluations where EvoPress has thousands: generations are small, and one begins with who has
       survived by then, without waiting for what is still under way.
