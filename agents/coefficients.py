@@ -11,8 +11,9 @@ It differs here, because a search has tens of evaluations where SPDY has about a
 * A change is a factor drawn from a normal distribution of its logarithm, whose spread shrinks, where SPDY draws some
   coefficients anew from [0, 1], ever fewer of them.
 * A change that leads to a policy which is known already is not evaluated; the next is wider.
-* The sum is minimised greedily with exact costs (`autoprune.separable.allocate`), where SPDY's dynamic program takes
-  costs for a sum over layers, which the multiply-adds of neighbours are not.
+* SPDY's dynamic program takes costs for a sum over layers, which the multiply-adds of neighbours are not; here it is
+  solved again around each solution, with what single groups save there, and meets the exact budget
+  (`autoprune.separable.allocate`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence

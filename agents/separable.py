@@ -13,9 +13,9 @@ class SeparableAgent:
     """Evaluates the policy that would be best if groups did not interact, and returns.
 
     The knapsack of SPDY (Frantar & Alistarh 2022, https://arxiv.org/abs/2201.13096, section 3.2) over the curves that
-    the analyzer measured, made convex and interpolated: the least sum of losses under the budget. SPDY solves it by
-    dynamic programming over layers whose times add up; multiply-adds of neighbours do not, so here it is solved
-    greedily with exact costs (`autoprune.separable.allocate`). A search on top of it is the agent `spdy`.
+    the analyzer measured, made convex and interpolated: the least sum of losses under the budget, by dynamic
+    programming (`autoprune.separable.allocate` says what becomes of costs that do not add up). A search on top of it is
+    the agent `spdy`.
 
     Where the share of the budget is free, there is a policy for each of evenly smaller shares. Draws nothing at random;
     see `Agent` for the contract.

@@ -83,6 +83,7 @@ SETTINGS = {
     "resnet20-50": Setting("resnet20", "cifar10", "resnet20-12fca82f.th", "macs<=50%", 2),
     "plain20": Setting("plain20", "fashion-mnist", "plain20.safetensors", "macs<=20%", 2),
     "resnet20-35": Setting("resnet20", "cifar10", "resnet20-12fca82f.th", "macs<=35%", 2),
+    "resnet20-35-short": Setting("resnet20", "cifar10", "resnet20-12fca82f.th", "macs<=35%", 2, steps=50),
 }
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -43,7 +44,23 @@ class TestAllocate:
         )
         best = min(total(removed) for removed in grid if feasible.utilisation(removed) <= 1)
         found = total(counts(feasible, allocate(feasible, losses)))
-        assert best - 1e-12 <= found <= 1.15 * best
+        assert best - 1e-12 <= found <= 1.02 * best
+
+    @settings(deadline=None)
+    @given(st.lists(st.floats(0.1, 10), min_size=3, max_size=3), st.sampled_from([55, 70, 90]))
+    def test_it_is_the_best_where_what_groups_save_adds_up(self, weights, percent):
+        feasible = chain((8, 6, 12, 6, 10), budget=f"macs<={percent}%")
+        prunable = [0, 2, 4]  # none reads another's outputs
+        upper = np.where(np.isin(np.arange(5), prunable), feasible.upper, 0)
+        apart = dataclasses.replace(feasible, upper=upper)
+        losses = [lambda removed, w=w, s=s: w * (removed / s) ** 3 for w, s in zip(weights, (8, 12, 10), strict=True)]
+        losses = [losses[index // 2] if index in prunable else lambda removed: 0.0 for index in range(5)]
+        grid = np.array(list(itertools.product(*(range(high + 1) for high in upper))))
+        totals = sum(np.vectorize(loss, otypes=[float])(column) for loss, column in zip(losses, grid.T, strict=True))
+        best = min(total for total, removed in zip(totals, grid, strict=True) if apart.utilisation(removed) <= 1)
+        removed = counts(apart, allocate(apart, losses))
+        found = sum(loss(count) for loss, count in zip(losses, removed, strict=True))
+        assert best - 1e-12 <= found <= best * 1.01 + 1e-12
 
     def test_on_more_groups_it_is_mostly_the_best_and_at_worst_near_it(self):
         gaps = []
@@ -59,9 +76,9 @@ class TestAllocate:
                     found, best = allocate(feasible, losses), problem.optimum()
                     gaps.append((1 - problem.accuracy(found)) / (1 - problem.accuracy(best)) - 1)
         assert min(gaps) >= -1e-12
-        assert np.mean(gaps) < 0.015
-        assert max(gaps) < 0.16
-        assert np.mean(np.array(gaps) < 1e-12) > 0.7
+        assert np.mean(gaps) < 0.003
+        assert max(gaps) < 0.04
+        assert np.mean(np.array(gaps) < 1e-12) > 0.8
 
     def test_a_group_that_costs_nothing_goes_first(self):
         feasible = chain(SIZES, budget="macs<=70%")

@@ -206,19 +206,26 @@ class FeasibleSet:
             target: Share of the budget to use at most.
         """
         counts = np.where(undecided, self.upper, removed)
-        high, multiple = int(self.upper[index]), int(self.multiples[index])
 
         def fits(count: int) -> bool:
             counts[index] = count
             return self.utilisation(counts) <= target
 
-        lowest = int(self.lower[index])
+        lowest, high = int(self.lower[index]), int(self.upper[index])
         if fits(lowest):
             return lowest, high
-        first = lowest + multiple if lowest else int(self.sizes[index]) % multiple or multiple
-        allowed = range(first, high + 1, multiple)
+        allowed = self._above(index)
         place = bisect_left(allowed, True, key=fits)
         return (allowed[place] if place < len(allowed) else high), high
+
+    def allowed(self, index: int) -> Removed:
+        """Return the counts that group `index` may lose, the fewest first."""
+        return np.array([self.lower[index], *self._above(index)], dtype=np.int64)
+
+    def _above(self, index: int) -> range:
+        lowest, multiple = int(self.lower[index]), int(self.multiples[index])
+        first = lowest + multiple if lowest else int(self.sizes[index]) % multiple or multiple
+        return range(first, int(self.upper[index]) + 1, multiple)
 
     def limited(self, share: float) -> Self:
         """Return the set under a share of the budget; it may be empty: see `utilisation` of the upper bounds."""

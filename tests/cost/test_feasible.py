@@ -74,6 +74,13 @@ class TestBuild:
     def test_a_group_always_keeps_one(self):
         assert made(TinyNet(), "macs<=50%", max_sparsity=0.999).upper.tolist() == [7, 7]
 
+    def test_what_a_group_may_lose_leaves_multiples(self):
+        feasible = made(TinyNet(), "macs<=50%", multiple=3, bounds={"conv2": (0.1, 0.6)})
+        for index, size in enumerate(feasible.sizes.tolist()):
+            low, high = feasible.lower[index], feasible.upper[index]
+            kept = [c for c in range(low, high + 1) if (size - c) % 3 == 0 or c == low]
+            assert feasible.allowed(index).tolist() == kept
+
     def test_counts_are_multiples(self):
         feasible = made(TinyNet(), "macs<=50%", multiple=3, bounds={"conv2": (0.1, 0.6)})
         assert (feasible.lower.tolist(), feasible.upper.tolist()) == ([0, 0], [5, 5])
