@@ -5,7 +5,7 @@
     python benchmarks/scaling.py workers [--ray 1 2]
 
 `groups`: chains of convolutions. Seconds to find and prove the groups, to price them, and, a policy, to decode a point
-of the search space, to price it, to slice it; and memory at its peak.
+of the search space, to price it, to solve for it from losses that add up, to slice it; and memory at its peak.
 
 `candidates`: candidates of a formula instead of a network, in a ledger on disk. Milliseconds a candidate in the first
 and in the last tenth of a search: of the evaluator and its ledger alone (random policies), and with agents that learn;
@@ -39,6 +39,7 @@ from autoprune.policy import Policy
 from autoprune.registry import resolve
 from autoprune.search_spaces.per_group import PerGroup
 from autoprune.seeds import derive
+from autoprune.separable import allocate
 from autoprune.structure import analyse, plan
 from autoprune.structure import cut as cut_network
 from autoprune.testing import chain, run_agent
@@ -49,8 +50,9 @@ from autoprune.testing import chain, run_agent
 def groups(options: argparse.Namespace) -> None:
     """Print what networks of more and more groups take."""
     of_groups(2)  # imports what is imported when it is first needed
-    print("| groups | finding and proving | pricing | decoding | one price | slicing | peak memory |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ["groups", "finding and proving", "pricing", "decoding", "one price", "separable solution", "slicing"]
+    print(f"| {' | '.join(columns)} | peak memory |")
+    print(f"|{'---|' * 8}")
     for number in options.groups:
         seconds = of_groups(number)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -73,7 +75,15 @@ def of_groups(number: int) -> list[float]:
     removed = [structure.removed(policy) for _, policy in decoded]
     one = [timed(functools.partial(costs.cost, counts))[0] for counts in removed]
     sliced = [timed(functools.partial(smaller, model, structure, counts))[0] for counts in removed]
-    return [found, priced, statistics.median(s for s, _ in decoded), statistics.median(one), statistics.median(sliced)]
+    weights = rng.random(number).tolist()
+    solved, _ = timed(lambda: allocate(feasible, [functools.partial(convex, weight) for weight in weights]))
+    decoding = statistics.median(seconds for seconds, _ in decoded)
+    return [found, priced, decoding, statistics.median(one), solved, statistics.median(sliced)]
+
+
+def convex(weight: float, removed: float) -> float:
+    """Return what a group loses, to begin with little."""
+    return weight * (removed / 8) ** 2
 
 
 def smaller(model: nn.Module, structure: Any, counts: dict[str, int]) -> nn.Module:

@@ -70,7 +70,7 @@ class CostModel:
         traced = trace(model, each_tensor(first_sample(example_input), torch.clone))
         self._structure = structure
         self._columns = {name: column for column, name in enumerate(structure.names)}
-        self._sizes = _Sizes(len(structure))
+        self._sizes = _Sizes()
         elements = _Elements(traced, structure, self._sizes)
         of_block = {group.block: column for column, group in enumerate(structure) if group.block is not None}
         blocks = [(of_block[block.module], block) for block in traced.blocks if block.module in of_block]
@@ -219,10 +219,9 @@ class CostModel:
 class _Sizes:
     """Numbers of the form `size − Σ each · removed`, every one of them kept once."""
 
-    def __init__(self, groups: int) -> None:
-        self._groups = groups
+    def __init__(self) -> None:
         self._numbers: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
-        self._table: tuple[Removed, Removed] | None = None
+        self._table: tuple[Removed, ...] | None = None
 
     def axis(self, size: int, taken: Mapping[int, int]) -> int:
         """Return the number of such a number; `taken` is how much one element of a group takes, by column."""
@@ -232,13 +231,15 @@ class _Sizes:
     def values(self, removed: Removed) -> Removed:
         """Return all of them under counts; one more, at the end, is 1."""
         if self._table is None:
+            terms = [(row, *term) for row, (_, taken) in enumerate(self._numbers) for term in taken]
+            of, columns, each = np.array(terms, dtype=np.int64).reshape(-1, 3).T
+            rows, starts = np.unique(of, return_index=True)
             whole = np.array([size for size, _ in self._numbers] + [1], dtype=np.int64)
-            each = np.zeros((len(whole), self._groups), dtype=np.int64)
-            for row, (_, taken) in enumerate(self._numbers):
-                for column, number in taken:
-                    each[row, column] = number
-            self._table = whole, each
-        values: Removed = self._table[0] - self._table[1] @ removed
+            self._table = whole, rows, starts, columns, each
+        whole, rows, starts, columns, each = self._table
+        values = whole.copy()
+        if len(rows):
+            values[rows] -= np.add.reduceat(each * removed[columns], starts)
         return values
 
 
