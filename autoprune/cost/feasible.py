@@ -116,6 +116,12 @@ class FeasibleSet:
         """Return the largest share of a limit that these counts use; at most 1 where the budget is met."""
         return max(self.costs.used(metric, removed) / allowed for metric, allowed in self._allowed)
 
+    def utilisations(self, removed: Removed) -> npt.NDArray[np.float64]:
+        """Return the same of several policies: `(policies,)` of counts `(policies, groups)`."""
+        shares = np.stack([self.costs.used_by(metric, removed) / allowed for metric, allowed in self._allowed])
+        largest: npt.NDArray[np.float64] = shares.max(axis=0)
+        return largest
+
     @cached_property
     def _allowed(self) -> tuple[tuple[str, float], ...]:
         return tuple((limit.metric, limit.absolute(self.costs.dense)) for limit in self._limits)

@@ -179,6 +179,28 @@ class CostModel:
         number: float = getattr(self.cost(removed), metric)
         return number
 
+    def used_by(self, metric: str, removed: Removed) -> npt.NDArray[np.float64]:
+        """Return one number of the costs of several policies, as `used` does; of multiply-adds and parameters at once.
+
+        Args:
+            metric: One of `autoprune.cost.METRICS`.
+            removed: `(policies, groups)` counts in the structure's order.
+
+        Returns:
+            `(policies,)`.
+
+        Raises:
+            BudgetError: It is the latency, and none was predicted.
+        """
+        used: npt.NDArray[np.float64]
+        if metric == "macs":
+            used = self._macs.values(self._sizes.values(removed)).sum(1).astype(np.float64)
+        elif metric == "params" and not self._shared:
+            used = (self._numels.values(self._sizes.values(removed)) @ self._is_parameter).astype(np.float64)
+        else:
+            used = np.array([self.used(metric, one) for one in removed])
+        return used
+
     def _counts(self, removed: Removed | Mapping[str, int]) -> Removed:
         if isinstance(removed, Mapping):
             return np.array([removed.get(name, 0) for name in self._structure.names], dtype=np.int64)
@@ -229,7 +251,7 @@ class _Sizes:
         return self._numbers.setdefault((size, tuple(sorted(taken.items()))), len(self._numbers))
 
     def values(self, removed: Removed) -> Removed:
-        """Return all of them under counts; one more, at the end, is 1."""
+        """Return all of them under counts `(..., groups)`; one more, at the end, is 1."""
         if self._table is None:
             terms = [(row, *term) for row, (_, taken) in enumerate(self._numbers) for term in taken]
             of, columns, each = np.array(terms, dtype=np.int64).reshape(-1, 3).T
@@ -237,9 +259,10 @@ class _Sizes:
             whole = np.array([size for size, _ in self._numbers] + [1], dtype=np.int64)
             self._table = whole, rows, starts, columns, each
         whole, rows, starts, columns, each = self._table
-        values = whole.copy()
+        values = np.empty((*removed.shape[:-1], len(whole)), dtype=np.int64)
+        values[...] = whole
         if len(rows):
-            values[rows] -= np.add.reduceat(each * removed[columns], starts)
+            values[..., rows] -= np.add.reduceat(each * removed[..., columns], starts, axis=-1)
         return values
 
 
@@ -253,8 +276,8 @@ class _Products:
         self._axes = np.array(padded, dtype=np.int64).reshape(len(products), width)
 
     def values(self, sizes: Removed) -> Removed:
-        """Return `(products,)`, given what `_Sizes.values` returned."""
-        values: Removed = self._fixed * np.prod(sizes[self._axes], axis=1)
+        """Return `(..., products)`, given what `_Sizes.values` returned."""
+        values: Removed = self._fixed * np.prod(sizes[..., self._axes], axis=-1)
         return values
 
 

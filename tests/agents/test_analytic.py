@@ -25,7 +25,7 @@ def test_the_first_policy_is_what_was_predicted() -> None:
 def test_evaluations_correct_the_prediction() -> None:
     gains = []
     for seed in range(5):
-        env, evaluator = synthetic_env(evaluations=40, seed=seed)
+        env, evaluator = synthetic_env(evaluations=20, seed=seed)
         run_agent(AnalyticAgent(), env, seed=seed)
         values = [candidate.accuracy for candidate in evaluator.candidates]
         gains.append(max(values) - values[0])

@@ -74,6 +74,13 @@ class TestBuild:
     def test_a_group_always_keeps_one(self):
         assert made(TinyNet(), "macs<=50%", max_sparsity=0.999).upper.tolist() == [7, 7]
 
+    @pytest.mark.parametrize("budget", ["macs<=50%", "params<=50%", "macs<=60%,params<=40%", "bytes<=70%"])
+    @pytest.mark.parametrize("net", [TinyNet, TinyResNet])
+    def test_many_are_priced_as_each_is(self, net, budget):
+        feasible = made(net(), budget)
+        counts = np.random.default_rng(0).integers(feasible.lower, feasible.upper + 1, (20, len(feasible.upper)))
+        assert feasible.utilisations(counts).tolist() == [feasible.utilisation(one) for one in counts]
+
     def test_what_a_group_may_lose_leaves_multiples(self):
         feasible = made(TinyNet(), "macs<=50%", multiple=3, bounds={"conv2": (0.1, 0.6)})
         for index, size in enumerate(feasible.sizes.tolist()):
