@@ -27,10 +27,12 @@ class EvolutionAgent:
 
     * A level is any number of elements, and levels of different groups save differently, so others get back as much as
       the exact cost allows (see `switched`); EvoPress switches between layers of one size, in steps of one size.
-    * EvoPress tests all offspring on few samples and its survivors on ever more. This agent does not: all agents are
-      compared at the same fidelity, so how much is measured of a candidate, and how far it is recovered before, is the
-      evaluator's to say (`--race` stops at the first samples who is clearly worse; `--promote` goes on with the best).
-      Offspring are compared by their value, and of equal ones the one that was evaluated first survives.
+    * EvoPress tests all offspring on few samples and its survivors on ever more. Here the evaluator does so, for all
+      agents alike, as they are compared at the same fidelity: with `--race` an offspring is measured on a tenth, a
+      quarter, a half and all of the samples, and no further once it is clearly worse than uniform, not than its
+      siblings, so that what is known of a policy does not depend on who else was there; with `--promote` the best go on
+      to longer and longer fine-tuning. Offspring are compared by their value, and of equal ones the one that was
+      evaluated first survives.
     * The first generation is the warm starts; without any, the uniform policy, as in EvoPress.
     * A search has tens of evaluations where EvoPress has thousands: generations are small, and one begins with who has
       survived by then, without waiting for what is still under way.

@@ -842,8 +842,10 @@ def test_a_ladder_killed_anywhere_ends_the_same(tmp_path: Path, light: None) -> 
     assert watcher.lines[-1].endswith("holds this search's result already")
 
 
-def test_a_race_measures_less_and_picks_as_well(tmp_path: Path, light: None) -> None:
+@pytest.mark.parametrize("agent", ["surrogate", "evolution"])
+def test_a_race_measures_less_and_picks_as_well(agent: str, tmp_path: Path, light: None) -> None:
     given: dict[str, Any] = {"candidates": 10, "sensitivity": (), "finetune_steps": 0, "recover": "recalibrated"}
+    given["agent"] = agent
     hard = make_task(val=samples(1200, 2))
     raced, whole = (run(tmp_path / str(race), hard, race=race, **given) for race in (True, False))
     stopped = [c for c in raced.candidates if c.measurements[-1].samples is not None]
@@ -855,7 +857,7 @@ def test_a_race_measures_less_and_picks_as_well(tmp_path: Path, light: None) -> 
     assert all(c.accuracy == pytest.approx(exact[c.id].accuracy) for c in same)
     assert raced.summary["picked"]["id"] not in {c.id for c in stopped}
     with pytest.raises(ConfigError, match="`race` compares at one cost"):
-        run(tmp_path / "several", agent="nsga2", race=True, **given)
+        run(tmp_path / "several", race=True, **{**given, "agent": "nsga2"})
 
 
 @pytest.mark.parametrize("agent", ["tpe", "amc"])
