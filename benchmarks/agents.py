@@ -5,7 +5,7 @@
     python benchmarks/agents.py --data-root DIR --weights-dir DIR --out runs/agents --tasks resnet20-50 --before 3000
 
 Four tasks: ResNet-20 on CIFAR-10 at 50 % and at 35 % of its multiply-adds, plain-20 on Fashion-MNIST, and ResNet-8 on
-the digits of scikit-learn, these once more at another rung. `--weights-dir` holds `resnet20-12fca82f.th`
+the digits of scikit-learn; at 35 % and on the digits also at another rung. `--weights-dir` holds `resnet20-12fca82f.th`
 (akamaster/pytorch_resnet_cifar10; it has seen the validation images), and what these two leave:
 
     autoprune train --model plain20 --data fashion-mnist --data-root DIR --epochs 6 --out plain20.safetensors
@@ -14,8 +14,9 @@ the digits of scikit-learn, these once more at another rung. `--weights-dir` hol
 For each task:
 
 - `autoprune.compare`: all agents, `--seeds` seeds, `--candidates` evaluations each, reconstructed (the rung that ranks
-  best a second, see `closed_form.md`), on the digits also fine-tuned for 50 steps (there nothing less ranks the better
-  half); then every pick fine-tuned with one recipe and tested on all test images.
+  best a second, see `closed_form.md`), on the digits fine-tuned for 50 steps (there nothing less ranks the better half;
+  `digits-reconstructed` is without), and so in `resnet20-35-short`, which takes four times as long; then every pick
+  fine-tuned with one recipe and tested on all test images.
 - The default agent once more with `--more-seeds`, beside random and uniform alone: what three seeds can't tell.
 - Searches of other lengths: the default agent with `--few` evaluations, and AMC with the paper's settings and `--many`;
   their picks (of all that was measured, uniform included) are fine-tuned with the same recipe.
