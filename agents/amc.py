@@ -75,6 +75,7 @@ class _GroupByGroup:
 
     objectives: ClassVar[Objectives] = "one"
     learner: BaseAlgorithm
+    _trained_in: PruningEnv
 
     def __init__(self, order: str, shares: Sequence[float]) -> None:
         if order not in ORDERS:
@@ -84,12 +85,12 @@ class _GroupByGroup:
         self.order = order
         self.shares = tuple(shares)
 
-    def policy_for(self, env: PruningEnv, share: float = 1.0) -> Policy:
+    def policy_for(self, share: float = 1.0, env: PruningEnv | None = None) -> Policy:
         """Return what the trained actor decides for a share of an environment's budget; nothing is measured.
 
         Args:
-            env: The one that it was trained in, or one of another budget of the same network.
             share: From 0, the smallest network that can be reached, to 1, the whole budget.
+            env: One of another budget of the same network. None: the search's, in which it was trained.
 
         Raises:
             ConfigError: The agent was not trained.
@@ -97,7 +98,7 @@ class _GroupByGroup:
         if not hasattr(self, "learner"):
             raise ConfigError("the agent has not learnt anything yet; run it first")
         learner, info = self.learner, dict[str, Any]()
-        quiet = env.without_evaluation()
+        quiet = (env or self._trained_in).without_evaluation()
         observation, _ = quiet.reset(
             options={"order": "reverse" if self.order == "reverse" else "forward", "share": share}
         )
@@ -252,6 +253,7 @@ class AMCAgent(_GroupByGroup):
         """Search until the evaluations are spent."""
         rng = np.random.default_rng(seed)
         generators = _LentGenerators(seed)
+        self._trained_in = env
         with generators.lent():
             learner = self.learner = self._learner(env)
         warmup = self.warmup if self.warmup is not None else max(1, env.evaluations // 3)
@@ -418,6 +420,7 @@ class PPOAgent(_GroupByGroup):
         warm = env.warm_starts if self.warm_start else ()
         for _ in in_turn(env, ((None, env.submit(policy)) for policy in warm)):
             pass
+        self._trained_in = env
         generators = _LentGenerators(seed)
         env.reset(seed=seed)
         lanes = _Lanes(env, generators, self._options)

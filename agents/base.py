@@ -68,7 +68,9 @@ class Agent(Protocol):
 
         Called once for a search. `SearchOver` must pass through; an agent may return earlier when it has nothing left
         to propose. A policy that was evaluated before costs nothing and gives the same candidate. The same seed and the
-        same results must lead to the same policies, in any process: a search is resumed by running the agent again.
+        same results must lead to the same policies, in any process: a search is resumed by running the agent again. An
+        agent with a seed of its own, which ignores this one, says so, `ignores_seed = True`: it is not compared over
+        several seeds.
 
         Args:
             env: What to search; `env.evaluations` says how many evaluations there are to plan for.

@@ -16,9 +16,9 @@ import importlib.util
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Protocol, final
+from typing import ClassVar, Literal, NamedTuple, Protocol, Self, final
 
 import numpy as np
 import optuna
@@ -85,6 +85,9 @@ class _Place:
     storage: str | BaseStorage | None = field(repr=False)
     study: str | None
 
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # copies of an agent work on one study
+
     def __post_init__(self) -> None:
         if (self.storage is None) != (self.study is None):
             raise ConfigError(
@@ -103,7 +106,8 @@ class OptunaAgent:
         OptunaAgent(TPESampler(seed=3, n_ei_candidates=64))
 
     Args:
-        sampler: What makes a sampler, called with `seed=`: the search's seed, split. Or a sampler: each search starts
+        sampler: What makes a sampler, called with `seed=`: the search's seed, split (and once with 0, to tell it from
+            others). Or a sampler: each search starts
             from a copy of it as it was handed in, and the search's seed makes no difference. It must have been made
             with a seed of its own, or the search could not be repeated; with a `storage` it is seeded anew, from the
             operating system.
@@ -119,6 +123,9 @@ class OptunaAgent:
 
     Raises:
         ConfigError: `sampler` is neither, or has no seed or can't be copied; `storage` without `study`.
+
+    Attributes:
+        ignores_seed: Whether every search proposes the same, whatever its seed, as the sampler has its own.
     """
 
     def __init__(
@@ -135,10 +142,9 @@ class OptunaAgent:
         if not isinstance(sampler, BaseSampler) and not callable(sampler):
             raise ConfigError(f"`sampler` must be an Optuna sampler or make one from a seed, but got {sampler!r}")
         self._place = _Place(storage, study)
-        if isinstance(sampler, BaseSampler) and storage is None:
-            _require_a_seed(sampler)
         self.sampler = sampler
-        self.described = _described(sampler)  # a plain setting, so that another sampler is another search
+        self.ignores_seed = isinstance(sampler, BaseSampler) and storage is None
+        self.described = self._description()  # a plain setting, so that another sampler is another search
         self.objectives: Objectives = objectives
         self.warm_start, self.study = warm_start, study
 
@@ -146,11 +152,21 @@ class OptunaAgent:
         """Search until the evaluations are spent."""
         _optimise(self, env, seed, self._made)
 
+    def _description(self) -> str:
+        with _experimental():
+            made = self._new(0)
+            if not isinstance(made, BaseSampler):
+                raise ConfigError(f"`sampler` must make an Optuna sampler, but it made {made!r}")
+            return _described(made, _first(lambda: self._new(0)) if self._place.storage is None else None)
+
+    def _new(self, seed: int) -> BaseSampler:
+        return _copied(self.sampler) if isinstance(self.sampler, BaseSampler) else self.sampler(seed=seed)
+
     def _made(self, seed: int) -> BaseSampler:
-        if not isinstance(self.sampler, BaseSampler):
-            return self.sampler(seed=seed)
-        sampler = copy.deepcopy(self.sampler)
-        if self._place.storage is not None:  # or searches that share a study would all begin with the same points
+        sampler = self._new(seed)
+        if (
+            isinstance(self.sampler, BaseSampler) and not self.ignores_seed
+        ):  # or all on a study begin with the same points
             sampler.reseed_rng()
         return sampler
 
@@ -466,39 +482,63 @@ def _tpe(env: PruningEnv, startup: int | None, place: _Place, *, multivariate: b
     return make
 
 
-def _described(sampler: SamplerFactory | BaseSampler) -> str:
-    """Return the sampler's name, and those of its settings that are plain values."""
-    inner = getattr(sampler, "func", sampler)  # of a partial
-    named = inner if hasattr(inner, "__qualname__") else type(inner)
-    settings = {**getattr(sampler, "keywords", {}), **(vars(sampler) if isinstance(sampler, BaseSampler) else {})}
-    plain = [f"{k}={v!r}" for k, v in sorted(settings.items()) if isinstance(v, str | int | float | bool | None)]
-    return f"{named.__module__}.{named.__qualname__}({', '.join(plain)})"
+def _described(sampler: BaseSampler, first: float | None) -> str:
+    """Return the sampler's name, those of its settings that are plain values, and what tells its seed.
+
+    Args:
+        sampler: As handed in.
+        first: The first point that it proposes; None where that is not what it goes by.
+    """
+
+    def told(value: object) -> str | None:
+        if isinstance(value, str | int | float | bool | None):
+            return repr(value)
+        if isinstance(value, BaseSampler):
+            return _described(value, None)
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(filter(None, map(told, value)))}]"
+        if isinstance(value, Mapping):
+            return f"{{{', '.join(f'{k}: {told(v)}' for k, v in value.items())}}}"
+        return None
+
+    settings = {name: told(value) for name, value in sorted(vars(sampler).items())}
+    plain = [f"{name.lstrip('_')}={value}" for name, value in settings.items() if value is not None]
+    seeded = [] if first is None else [f"first={first!r}"]
+    return f"{type(sampler).__module__}.{type(sampler).__qualname__}({', '.join([*plain, *seeded])})"
 
 
-def _require_a_seed(sampler: BaseSampler) -> None:
-    """Refuse a sampler of which two copies propose different first points."""
-
-    def first(copied: BaseSampler) -> float:
-        return optuna.create_study(sampler=copied).ask().suggest_float("x", 0.0, 1.0)
-
+def _copied(sampler: BaseSampler) -> BaseSampler:
     try:
-        copies = [copy.deepcopy(sampler) for _ in range(2)]
+        return copy.deepcopy(sampler)
     except Exception as error:
         raise ConfigError(
             f"a search starts from a copy of its sampler, but {type(sampler).__name__} can't be copied; hand in a "
             "function that makes it from a seed"
         ) from error
+
+
+def _first(new: Callable[[], BaseSampler]) -> float | None:
+    """Return the first point that a sampler proposes; None where it can't be tried on a parameter of ours.
+
+    Args:
+        new: Makes the sampler, each time as it was handed in.
+
+    Raises:
+        ConfigError: One that is made again proposes another point: it has no seed.
+    """
+    samplers = [new() for _ in range(2)]
     with _quiet():
         try:
-            same = first(copies[0]) == first(copies[1])
+            points = [optuna.create_study(sampler=one).ask().suggest_float("x", 0.0, 1.0) for one in samplers]
         except Exception:  # one that knows its parameters, as a grid does, can't be tried on another
-            return
-    if not same:
-        name = type(sampler).__name__
+            return None
+    if points[0] != points[1]:
+        name = type(samplers[0]).__name__
         raise ConfigError(
             f"this {name} has no seed, and its search could not be repeated; make it with one, {name}(seed=0), or hand "
             f"in the class to have it seeded by the search: OptunaAgent({name})"
         )
+    return points[0]
 
 
 # -- studies ----------------------------------------------------------------------------------------------------------

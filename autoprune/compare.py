@@ -97,7 +97,7 @@ def compare(
         task: Network, data and measures.
         out: The folder; made if it is not there.
         agents: Names, also with settings, as in `"tpe:warm_start=false"`, or agents, or a name for each agent. Uniform
-            and random are always among them.
+            and random are always among them. Each search has a copy of its agent, as it was handed in.
         seeds: How many; agents draw from the seeds 0, 1, …, while the task's own seed, `seed`, is the same for all:
             what becomes of a policy does not depend on who proposes it.
         finalize: Epochs of full fine-tuning that each agent's pick gets, after which the test set is read, once, for
@@ -111,8 +111,8 @@ def compare(
         parallel: Searches, and later picks that are fine-tuned, that run together, each in a process of its own with an
             equal share of the threads and all of the data in memory. What they find is what they find one after
             another, but for what rounding with fewer threads changes, and for seconds, which are of a busy machine. A
-            policy that two of them propose while both run is evaluated twice, and counted as it always is. Each has a
-            copy of its agent as it was handed in. Not together with an `executor`.
+            policy that two of them propose while both run is evaluated twice, and counted as it always is. Not together
+            with an `executor`.
         settings: The fields of `SearchSettings`: `budget`, `candidates`, `seed`, ...; the agents' picks are the most
             accurate of their proposals within the budget, so there must be one.
 
@@ -135,7 +135,7 @@ def compare(
         raise ConfigError(
             f"`finalize >= 1` and `finalize_lr > 0` must hold, but got finalize={finalize}, finalize_lr={finalize_lr}"
         )
-    contestants = _contestants(agents, race=options.race)
+    contestants = _contestants(agents, seeds, race=options.race)
     watcher = progress or Silent()
     folder = RunFolder(out)
     runs = InProcess() if executor is None else executor
@@ -298,7 +298,7 @@ def _options(settings: Mapping[str, Any]) -> SearchSettings:
     return options
 
 
-def _contestants(agents: Sequence[Any] | Mapping[str, Any], *, race: bool) -> dict[str, Any]:
+def _contestants(agents: Sequence[Any] | Mapping[str, Any], seeds: int, *, race: bool) -> dict[str, Any]:
     """Return the agents by name, with the baselines at the end."""
     if isinstance(agents, str):
         raise ConfigError(f"`agents` must be a list of agents, but got {agents!r}")
@@ -316,6 +316,11 @@ def _contestants(agents: Sequence[Any] | Mapping[str, Any], *, race: bool) -> di
             )
         if race and made.objectives == "several":
             raise ConfigError(f"`race` compares at one cost, but {name} trades accuracy for cost; leave one out")
+        if seeds > 1 and getattr(made, "ignores_seed", False):
+            raise ConfigError(
+                f"{name} has a seed of its own, so that {seeds} seeds would be {seeds} times the same search; hand in "
+                "what makes its sampler from a seed, or compare with one seed"
+            )
         found[name] = agent
     return found
 
@@ -341,7 +346,7 @@ def _search(plan: _Plan, run: _Run, executor: Executor, progress: Progress) -> N
     search(
         plan.task_here(),
         out=run.folder.path,
-        agent=run.proposer,
+        agent=copy.deepcopy(run.proposer),  # what one search learns is not for the next
         tracker=NullTracker(),
         progress=progress,
         source=plan.source,

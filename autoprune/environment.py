@@ -177,7 +177,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
 
     ## Observation Space
     `Box(0, 1, (18,))`, the fields of `Observation`: features of the group that is decided next, the same after `reset`
-    and after `step`. "Cost" is the share of the budget's tightest limit, relative to the dense network's.
+    and after `step`. Rows 12, 15 and 16 count what the budget limits, as a share of the dense network's; of several
+    limits the one that is used most. (AMC's height and width are of what a layer reads.)
 
     | Index | Name | Meaning | Min | Max |
     |---|---|---|---|---|
@@ -192,7 +193,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
     | 8 | cost | Share of the multiply-adds in the layers that write or read it | 0 | 1 |
     | 9 | latency | Share of the predicted latency that goes with as much of it as may; 0 without a table | 0 | 1 |
     | 10 | size | Elements in the group, relative to the largest group's | 0 | 1 |
-    | 11 | slope | Accuracy lost by sparsity, relative to the most sensitive group's; 0 if not measured | 0 | 1 |
+    | 11 | slope | Mean rise of the loss by sparsity, relative to the most sensitive group's; or 0 | 0 | 1 |
     | 12 | target | Cost that the episode's budget allows | 0 | 1 |
     | 13 | fewest | Sparsity at action -1, `lo` divided by the group's size | 0 | 1 |
     | 14 | most | Sparsity at action 1, `hi` divided by the group's size | 0 | 1 |
@@ -238,7 +239,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         at_once: How many may be under way together.
         warm_starts: Policies that are worth to be evaluated first.
         layers: Facts of the groups' layers; missing ones are zero in the observation.
-        slopes: Accuracy lost by sparsity, of each group; missing or negative ones are zero in the observation.
+        slopes: Mean rise of the loss by sparsity, of each group; missing or negative ones are zero in the observation.
         predicted: What moments predict of policies, for agents that use it.
         measured: What the groups lose one by one, for agents that use it.
         scores: How much every element matters (see `autoprune.scoring`), for agents that use it.

@@ -548,7 +548,7 @@ class _Search:
     def _warm_starts(
         self, feasible: FeasibleSet, sensitivity: SensitivityReport | None, predicted: Analytic | None, share: float
     ) -> list[Policy]:
-        """Return what the curves suggest, and uniform, at a share of the budget; nothing where it can't be reached."""
+        """Return what the curves suggest, and uniform, in a set at a share of its budget; nothing if it is empty."""
         if sensitivity is None and predicted is None:
             return []
         within = feasible.limited(share)
@@ -557,7 +557,7 @@ class _Search:
         starts = [] if predicted is None else [predicted.allocate(within)]
         if sensitivity is not None:
             starts += [sensitivity.allocate(within), sensitivity.threshold(within)]
-        return [*starts, self._uniform(share)]
+        return [*starts, within.policy(within.uniform())]
 
     def _value(self, dense: Measurement) -> Reward:
         """Return what an agent with one objective is to raise."""

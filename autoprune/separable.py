@@ -177,7 +177,8 @@ def _levelled(feasible: FeasibleSet, losses: Sequence[Loss]) -> Removed:
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if feasible.utilisation(within(middle)) > 1 else (low, middle)
-    return within(high)
+    found = within(high)
+    return found if feasible.utilisation(found) <= 1 else feasible.upper  # the highest loss is itself a rounded sum
 
 
 def ranking(feasible: FeasibleSet, scores: Sequence[npt.NDArray[np.float64]]) -> Policy:

@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from optuna.samplers import RandomSampler
 from torch import Tensor, nn
 
 import autoprune
 from autoprune import export
 from autoprune.agents.base import Objectives
-from autoprune.agents.optuna import TPEAgent
+from autoprune.agents.optuna import OptunaAgent, TPEAgent
 from autoprune.compare import Comparison, compare
 from autoprune.environment import PruningEnv
 from autoprune.errors import ConfigError, ExecutorError, RunError, TestSetError, UnknownNameError
@@ -425,6 +426,24 @@ def test_what_a_search_raises_in_its_process_is_raised_here_and_others_go_on(tmp
     assert more.standings.table[0].tests is not None  # picks that were tested, whose networks are gone, are left alone
 
 
+def test_each_search_has_a_copy_of_its_agent_as_it_was_handed_in(tmp_path: Path) -> None:
+    class Remembering:
+        objectives = "one"
+        best = 0.0  # its own from the first candidate on
+
+        def run(self, env: PruningEnv, *, seed: int) -> None:
+            begun_with.append(self.best)
+            point = np.random.default_rng(seed).random(len(env.space.dimensions))
+            self.best = env.value(env.evaluate(env.space.decode(point)))
+
+    begun_with: list[float] = []
+    agent = Remembering()
+    for _ in range(2):  # and so it goes on
+        run(tmp_path / "out", agents={"mine": agent}, seeds=2)
+    assert begun_with == [0.0, 0.0]
+    assert "best" not in vars(agent)
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -447,6 +466,7 @@ def test_what_a_search_raises_in_its_process_is_raised_here_and_others_go_on(tmp
         ({"agents": {"a b": "tpe", "a-b": "tpe"}}, "given twice"),
         ({"agents": [TPEAgent]}, "an agent is a name or an object"),
         ({"agents": ["nsga2"], "race": True}, "nsga2 trades accuracy for cost"),
+        ({"agents": [OptunaAgent(RandomSampler(seed=0))], "seeds": 2}, "would be 2 times the same search"),
         ({"seeds": 0}, "`seeds >= 1`"),
         ({"parallel": 0}, "`parallel >= 1`"),
         ({"parallel": 2, "executor": Counting()}, "be 1 with an `executor`"),

@@ -1610,6 +1610,35 @@ def test_warm_starts_are_what_was_predicted_and_measured_and_uniform(
     assert len(set(expected)) > 1
 
 
+@pytest.mark.parametrize("objectives", ["one", "several"])
+def test_warm_starts_are_within_what_the_analysis_found_bearable(
+    objectives: str, tmp_path: Path, light: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Looking:
+        def run(self, env: PruningEnv, *, seed: int) -> None:
+            envs.append(env)
+
+    envs: list[PruningEnv] = []
+    agent = Looking()
+    agent.objectives = objectives  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        SensitivityReport,
+        "bounds",
+        lambda self, structure, *rest: {
+            group.name: (0.0, 0.25 if group.name == "conv1" else 0.9) for group in structure
+        },
+    )
+    result = run(tmp_path / "run", agent=agent, finetune_steps=0, control=0)
+    (env,) = envs
+    uniform = next(candidate for candidate in result.candidates if candidate.arm == "uniform")
+    index = env.feasible.structure.names.index("conv1")
+    assert env.feasible.removed(uniform.policy)[index] == env.feasible.upper[index] < uniform.removed["conv1"]
+    for policy in env.warm_starts:
+        removed = env.feasible.removed(policy)
+        assert env.feasible.policy(removed) == policy
+        assert env.feasible.utilisation(removed) <= 1
+
+
 def test_an_agent_sees_the_layers_and_the_slopes_of_the_analysis(tmp_path: Path, light: None) -> None:
     class Looking:
         objectives = "one"

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoprune.cost import Budget, Limit
 from autoprune.separable import allocate, hull, ranking, threshold
 from autoprune.testing import SyntheticEvaluator, chain
 
@@ -128,6 +129,15 @@ class TestThreshold:
         assert feasible.utilisation(removed) <= 1
         rises = [loss(count) for loss, count in zip(losses, removed, strict=True)]
         assert max(rises) - min(rises) < 0.25
+
+    def test_a_budget_that_only_the_smallest_network_meets(self):
+        least, most = 0.61, 1.66
+        assert least + (most - least) < most  # by a rounding, no group may go all the way
+        feasible = chain(SIZES, budget="macs<=50%")
+        tight = dataclasses.replace(feasible, budget=Budget((Limit("macs", feasible.smallest.macs, relative=False),)))
+        ends = [lambda removed, end=end: most if removed == end else least for end in feasible.upper.tolist()]
+        for policy in (threshold(tight, ends), allocate(tight, ends)):
+            assert counts(tight, policy).tolist() == feasible.upper.tolist()
 
 
 class TestHull:

@@ -366,17 +366,17 @@ def test_an_agent_that_saw_several_budgets_has_policies_for_them(make: Callable[
     env, evaluator = synthetic_env(evaluations=30)
     agent = make(shares=(1.0, 0.5))
     with pytest.raises(ConfigError, match="has not learnt anything yet"):
-        agent.policy_for(env)
+        agent.policy_for()
     run_agent(agent, env, seed=0)
     calls, feasible = evaluator.calls, env.feasible
     shares = (1.0, 0.75, 0.5, 0.25, 0.0)
-    used = [feasible.utilisation(feasible.removed(agent.policy_for(env, share))) for share in shares]
+    used = [feasible.utilisation(feasible.removed(agent.policy_for(share))) for share in shares]
     targets = [feasible.target(share) for share in shares]
     assert evaluator.calls == calls  # nothing is measured
     assert all(use <= target + 1e-9 for use, target in zip(used, targets, strict=True))
     assert all(more > less for more, less in itertools.pairwise(used))
     assert np.subtract(targets, used).max() < 0.1
-    assert agent.policy_for(env, 0.5) == agent.policy_for(env, 0.5)
+    assert agent.policy_for(0.5) == agent.policy_for(0.5, env)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import copy
 import importlib.util
 import itertools
 import json
@@ -18,7 +19,15 @@ import optuna
 import pytest
 import torch
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, CmaEsSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import (
+    BaseSampler,
+    CmaEsSampler,
+    GridSampler,
+    NSGAIISampler,
+    PartialFixedSampler,
+    RandomSampler,
+    TPESampler,
+)
 from optuna.trial import FrozenTrial, TrialState
 
 from autoprune.agents.base import Agent
@@ -259,6 +268,7 @@ def test_what_cannot_be_copied_is_refused() -> None:
         OptunaAgent(sampler)
 
 
+@pytest.mark.filterwarnings("ignore:PartialFixedSampler is experimental")
 def test_another_sampler_is_another_agent() -> None:
     told = [
         OptunaAgent(sampler).described
@@ -266,11 +276,33 @@ def test_another_sampler_is_another_agent() -> None:
             TPESampler,
             RandomSampler,
             partial(TPESampler, n_startup_trials=5),
-            TPESampler(seed=0, n_ei_candidates=4),
+            lambda seed: TPESampler(seed=seed, n_startup_trials=6),
+            lambda seed: TPESampler(seed=seed, n_startup_trials=7),
+            TPESampler(seed=5),
+            TPESampler(seed=6),
+            PartialFixedSampler({"x": 0.5}, TPESampler(seed=0, n_startup_trials=6)),
+            PartialFixedSampler({"x": 0.5}, TPESampler(seed=0, n_startup_trials=7)),
+            GridSampler({"x": [0.0, 1.0]}, seed=0),
+            GridSampler({"x": [0.5, 1.0]}, seed=0),
         )
     ]
-    assert len(set(told)) == 4
-    assert told[2] == "optuna.samplers._tpe.sampler.TPESampler(n_startup_trials=5)"
+    assert len(set(told)) == len(told)
+    assert OptunaAgent(TPESampler(seed=5)).described == told[5]
+    assert OptunaAgent(lambda seed: TPESampler(seed=seed)).described == told[0]
+    assert told[2].startswith("optuna.samplers._tpe.sampler.TPESampler(")
+    assert "n_startup_trials=5" in told[2]
+
+
+def test_what_makes_no_sampler_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must make an Optuna sampler, but it made 'tpe'"):
+        OptunaAgent(lambda seed: "tpe")  # type: ignore[arg-type,return-value]
+
+
+def test_copies_of_an_agent_share_their_study() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    agent = OptunaAgent(RandomSampler, storage=storage, study="shared")
+    proposed(copy.deepcopy(agent), evaluations=3)
+    assert len(optuna.load_study(study_name="shared", storage=storage).trials) >= 3
 
 
 # -- how good they are ------------------------------------------------------------------------------------------------
