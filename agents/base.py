@@ -3,7 +3,7 @@
 A whole agent that tries policies near the best one so far, under the name "hill" once it is in the registry::
 
     class HillAgent:
-        """Moves one coordinate of the best point."""
+        """Moves every coordinate of the best point a little."""
 
         objectives: ClassVar[Objectives] = "one"
 
@@ -16,9 +16,7 @@ A whole agent that tries policies near the best one so far, under the name "hill
             best = rng.random(len(env.space.dimensions))
             highest = env.value(env.evaluate(env.space.decode(best)))
             while True:
-                point = best.copy()
-                index = rng.integers(len(point))
-                point[index] = np.clip(point[index] + rng.normal(0, self.step), 0, 1)
+                point = np.clip(best + rng.normal(0, self.step, len(best)), 0, 1)
                 value = env.value(env.evaluate(env.space.decode(point)))
                 if value > highest:
                     best, highest = point, value

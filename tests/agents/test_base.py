@@ -1,12 +1,17 @@
+import importlib
+import inspect
+import textwrap
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from autoprune.agents.base import in_turn
+from autoprune.agents import base
+from autoprune.agents.base import Agent, in_turn
 from autoprune.environment import Proposed
-from autoprune.testing import synthetic_env
+from autoprune.testing import AgentContract, synthetic_env
 
 ORDERS: dict[str, tuple[int, str, list[str]]] = {
     "one at a time": (1, "a b a c", ["+a", "a", "+b", "b", "+a", "a", "+c", "c"]),
@@ -79,3 +84,33 @@ def test_policies_that_come_again_leave_no_worker_idle() -> None:
         pass
     assert len(evaluator.candidates) == 40
     assert most == [*range(1, 8), *[8] * 33]
+
+
+IMPORTS = """from typing import ClassVar
+
+import numpy as np
+
+from autoprune.agents.base import Objectives
+from autoprune.environment import PruningEnv
+
+"""
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """A module of the agent that the docstring shows, so that another process can import it too."""
+    text = inspect.getdoc(base)
+    assert text is not None
+    code = text.partition("::\n")[2].partition("\nAn agent that decides")[0]
+    folder = tmp_path_factory.mktemp("shown")
+    (folder / "shown_in_docstring.py").write_text(IMPORTS + textwrap.dedent(code), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield importlib.import_module("shown_in_docstring")
+
+
+class TestTheShownAgent(AgentContract):
+    @pytest.fixture
+    def agent(self, shown: ModuleType) -> Agent:
+        agent: Agent = shown.HillAgent()
+        return agent
