@@ -164,10 +164,8 @@ class OptunaAgent:
 
     def _made(self, seed: int) -> BaseSampler:
         sampler = self._new(seed)
-        if (
-            isinstance(self.sampler, BaseSampler) and not self.ignores_seed
-        ):  # or all on a study begin with the same points
-            sampler.reseed_rng()
+        if isinstance(self.sampler, BaseSampler) and not self.ignores_seed:
+            sampler.reseed_rng()  # or searches that share a study would all begin with the same points
         return sampler
 
 
