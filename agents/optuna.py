@@ -106,11 +106,10 @@ class OptunaAgent:
         OptunaAgent(TPESampler(seed=3, n_ei_candidates=64))
 
     Args:
-        sampler: What makes a sampler, called with `seed=`: the search's seed, split (and once with 0, to tell it from
-            others). Or a sampler: each search starts
-            from a copy of it as it was handed in, and the search's seed makes no difference. It must have been made
-            with a seed of its own, or the search could not be repeated; with a `storage` it is seeded anew, from the
-            operating system.
+        sampler: What makes a sampler, called with `seed=`: the search's seed, split (and before with 0, to tell it from
+            others). Or a sampler: each search starts from a copy of it as it was handed in, and the search's seed makes
+            no difference. It must have been made with a seed of its own, or the search could not be repeated; with a
+            `storage` it is seeded anew, from the operating system.
         objectives: "one" or "several": what the sampler is told of a candidate (see `Agent`).
         warm_start: Whether the policies that the analyzer suggests are tried first.
         storage: Where the study is kept: a URL of SQLAlchemy's (sqlite, PostgreSQL, MySQL; its driver must be

@@ -321,6 +321,10 @@ def _contestants(agents: Sequence[Any] | Mapping[str, Any], seeds: int, *, race:
                 f"{name} has a seed of its own, so that {seeds} seeds would be {seeds} times the same search; hand in "
                 "what makes its sampler from a seed, or compare with one seed"
             )
+        try:
+            copy.deepcopy(agent)
+        except Exception as error:
+            raise ConfigError(f"each search has a copy of its agent, but {name} can't be copied: {error}") from error
         found[name] = agent
     return found
 

@@ -270,7 +270,7 @@ class _Search:
                 RecoveryWarning,
                 stacklevel=4,
             )
-        uniform = self.prepared.structure.removed(self._uniform(1.0))
+        uniform = self.prepared.structure.removed(self._uniform)
         started = time.monotonic()
         model = bench.recovered(uniform)
         recovering = time.monotonic() - started
@@ -357,7 +357,7 @@ class _Search:
         control_spend = spend if self.settings.budget is None else (1.0, 1.0)
         control_space = registry.resolve("search space", "group")(self.prepared.feasible, spend=control_spend)
         with contextlib.suppress(SearchOver):
-            uniform(self._uniform(1.0))
+            uniform(self._uniform)
         plain = registry.resolve("agent", "random")()
         environment = self._environment(self.prepared.feasible, control_space, random, value, None)
         _until_over(plain, environment, derive(self.settings.seed, "control"))
@@ -391,7 +391,7 @@ class _Search:
         evaluators = [self.evaluator]
         aim = self._aim(agent, dense)
         below = measured(self.evaluator.ledger)
-        uniform = self.prepared.structure.rounded(self._uniform(1.0)).id
+        uniform = self.prepared.structure.rounded(self._uniform).id
         ladder, tried = self._rungs(), list[Candidate]()
         if self.settings.promote == "auto":
             ladder, tried = self._learn_whom_to_promote([c for c in below if c.arm == "search"], aim)
@@ -586,10 +586,11 @@ class _Search:
         narrowed = dataclasses.replace(user, upper=upper)
         return narrowed if narrowed.utilisation(upper) <= 1 else user
 
-    def _uniform(self, target: float) -> Policy:
-        """Return the least uniform sparsity that uses at most this share of the budget."""
+    @property
+    def _uniform(self) -> Policy:
+        """The least uniform sparsity that meets the user's budget."""
         feasible = self.prepared.feasible
-        return feasible.policy(feasible.uniform(target))
+        return feasible.policy(feasible.uniform())
 
     # -- after ----------------------------------------------------------------------------------------------------
 

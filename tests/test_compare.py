@@ -447,6 +447,14 @@ def test_each_search_has_a_copy_of_its_agent_as_it_was_handed_in(tmp_path: Path)
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
+class Locked(Fixed):
+    """An agent that cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -466,6 +474,7 @@ def test_each_search_has_a_copy_of_its_agent_as_it_was_handed_in(tmp_path: Path)
         ({"agents": {"a b": "tpe", "a-b": "tpe"}}, "given twice"),
         ({"agents": [TPEAgent]}, "an agent is a name or an object"),
         ({"agents": ["nsga2"], "race": True}, "nsga2 trades accuracy for cost"),
+        ({"agents": {"mine": Locked()}}, "mine can't be copied: cannot pickle '_thread.lock'"),
         ({"agents": [OptunaAgent(RandomSampler(seed=0))], "seeds": 2}, "would be 2 times the same search"),
         ({"seeds": 0}, "`seeds >= 1`"),
         ({"parallel": 0}, "`parallel >= 1`"),

@@ -1582,20 +1582,26 @@ def test_what_an_agent_is_to_raise(
     assert agent.values == pytest.approx(expected)
 
 
+class Looking:
+    """Proposes nothing, and keeps what it was shown."""
+
+    env: PruningEnv
+
+    def __init__(self, objectives: str) -> None:
+        self.objectives = objectives
+
+    def run(self, env: PruningEnv, *, seed: int) -> None:
+        self.env = env
+
+
 @pytest.mark.parametrize("sensitivity", [(0.25, 0.5, 0.75), ()])
 @pytest.mark.parametrize("objectives", ["one", "several"])
 def test_warm_starts_are_what_was_predicted_and_measured_and_uniform(
     sensitivity: tuple[float, ...], objectives: str, tmp_path: Path, light: None
 ) -> None:
-    class Looking:
-        def run(self, env: PruningEnv, *, seed: int) -> None:
-            envs.append(env)
-
-    envs: list[PruningEnv] = []
-    agent = Looking()
-    agent.objectives = objectives  # type: ignore[attr-defined]
+    agent = Looking(objectives)
     run(tmp_path / "run", agent=agent, sensitivity=sensitivity, finetune_steps=0, control=0)
-    (env,) = envs
+    env = agent.env
     assert env.predicted is not None
     expected = []
     for share in (1.0,) if objectives == "one" else (0.5, 0.75, 0.25):
@@ -1614,13 +1620,7 @@ def test_warm_starts_are_what_was_predicted_and_measured_and_uniform(
 def test_warm_starts_are_within_what_the_analysis_found_bearable(
     objectives: str, tmp_path: Path, light: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Looking:
-        def run(self, env: PruningEnv, *, seed: int) -> None:
-            envs.append(env)
-
-    envs: list[PruningEnv] = []
-    agent = Looking()
-    agent.objectives = objectives  # type: ignore[attr-defined]
+    agent = Looking(objectives)
     monkeypatch.setattr(
         SensitivityReport,
         "bounds",
@@ -1629,7 +1629,7 @@ def test_warm_starts_are_within_what_the_analysis_found_bearable(
         },
     )
     result = run(tmp_path / "run", agent=agent, finetune_steps=0, control=0)
-    (env,) = envs
+    env = agent.env
     uniform = next(candidate for candidate in result.candidates if candidate.arm == "uniform")
     index = env.feasible.structure.names.index("conv1")
     assert env.feasible.removed(uniform.policy)[index] == env.feasible.upper[index] < uniform.removed["conv1"]
