@@ -1,7 +1,7 @@
 """Evolution by level switches: what a group loses more, others get back, so that the cost stays what it is."""
 
 import itertools
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import ClassVar, final
 
 import numpy as np
@@ -27,12 +27,11 @@ class EvolutionAgent:
 
     * A level is any number of elements, and levels of different groups save differently, so others get back as much as
       the exact cost allows (see `switched`); EvoPress switches between layers of one size, in steps of one size.
-    * EvoPress tests all offspring on few samples and its survivors on ever more. Here the evaluator does so, for all
-      agents alike, as they are compared at the same fidelity: with `--race` an offspring is measured on a tenth, a
-      quarter, a half and all of the samples, and no further once it is clearly worse than uniform, not than its
-      siblings, so that what is known of a policy does not depend on who else was there; with `--promote` the best go on
-      to longer and longer fine-tuning. Offspring are compared by their value, and of equal ones the one that was
-      evaluated first survives.
+    * EvoPress tests all offspring on few samples and ever fewer survivors on ever more. So does this agent where the
+      search is a race, with `--race`: an offspring is measured on a tenth, a quarter, a half and all of the samples,
+      and survives a look unless it is clearly worse than its parent there, however its siblings do. With `--promote`
+      the best go on to longer and longer fine-tuning. Offspring are compared by their value, and of equal ones the one
+      that was evaluated first survives.
     * The first generation is the warm starts; without any, the uniform policy, as in EvoPress.
     * A search has tens of evaluations where EvoPress has thousands: generations are small, and one begins with who has
       survived by then, without waiting for what is still under way.
@@ -67,13 +66,15 @@ class EvolutionAgent:
         fitness: list[tuple[float, Removed]] = []  # in the order of evaluation
         seen: set[Policy] = set()
 
-        def begun(removed: Removed) -> tuple[Removed, Proposed]:
+        def begun(removed: Removed, parent: Removed | None = None) -> tuple[Removed, Proposed]:
             policy = env.feasible.policy(removed)
             seen.add(policy)
-            return removed, env.submit(policy)
+            return removed, env.submit(policy, rival=None if parent is None else env.feasible.policy(parent))
 
-        def child(parent: Removed) -> Removed | None:
-            return neighbour(env, parent, rng, seen, step=self.step)
+        def child(parents: Sequence[Removed]) -> tuple[Removed, Removed] | None:
+            """Return a policy that is new and which it comes from, the first of some if that has any."""
+            found = ((neighbour(env, parent, rng, seen, step=self.step), parent) for parent in parents)
+            return next(((new, parent) for new, parent in found if new is not None), None)
 
         def started() -> Iterator[tuple[Removed, Proposed]]:
             starts = [env.feasible.removed(policy) for policy in env.warm_starts] if self.warm_start else []
@@ -87,11 +88,10 @@ class EvolutionAgent:
                 parents = ranked[: self.survivors]
                 for number in range(self.offspring):
                     first = number % len(parents)
-                    turn = [*parents[first:], *parents[:first], *ranked[self.survivors :]]
-                    removed = next((found for found in map(child, turn) if found is not None), None)
-                    if removed is None:
+                    found = child([*parents[first:], *parents[:first], *ranked[self.survivors :]])
+                    if found is None:
                         return
-                    yield begun(removed)
+                    yield begun(*found)
 
         for removed, candidate in in_turn(env, started()):
             fitness.append((env.value(candidate), removed))

@@ -127,7 +127,11 @@ Space = Annotated[
 ]
 FinetuneSteps = Annotated[int, typer.Option(help="Gradient steps of short fine-tuning for every candidate.")]
 Race = Annotated[
-    bool, typer.Option("--race", help="Measure candidates that are clearly worse than uniform no further.")
+    bool,
+    typer.Option(
+        "--race",
+        help="Measure candidates no further that are clearly worse than uniform, or for evolution than their parent.",
+    ),
 ]
 MaxSparsity = Annotated[float, typer.Option(help="Highest sparsity of any group.")]
 BoundsFile = Annotated[

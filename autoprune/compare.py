@@ -26,7 +26,7 @@ from autoprune import registry
 from autoprune.cost import Cost
 from autoprune.devices import nearest
 from autoprune.errors import ConfigError, RunError, TaskError
-from autoprune.evaluation import Candidate, Executor, InProcess, Ledger, Once, Outcome
+from autoprune.evaluation import Candidate, Executor, InProcess, Ledger, Once, Outcome, work_id
 from autoprune.export import load
 from autoprune.finaliser import FULL_LR, read_test
 from autoprune.pareto import pick
@@ -396,7 +396,7 @@ def _apart(work: bytes, numbers: Sequence[int], parallel: int, tick: Callable[[]
 def _known(folder: RunFolder) -> list[Outcome]:
     """Return what searches of the folder have evaluated: their ledgers are the cache."""
     ledgers = [Ledger(path) for path in sorted(folder.path.glob("*/*/ledger.jsonl"))]
-    return [Outcome(c.id, c.measurements, c.seconds, c.failure) for ledger in ledgers for c in ledger]
+    return [Outcome(work_id(c.id, c.rival), c.measurements, c.seconds, c.failure) for ledger in ledgers for c in ledger]
 
 
 def _share(giver: RunFolder, taker: RunFolder) -> None:

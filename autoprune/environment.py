@@ -32,11 +32,19 @@ from autoprune.scoring import Scores
 from autoprune.sensitivity import SensitivityReport
 from autoprune.structure import Structure
 
-__all__ = ["ORDERS", "LayerFacts", "Observation", "Proposed", "PruningEnv", "Space", "layer_facts"]
+__all__ = ["ORDERS", "LayerFacts", "Observation", "Proposed", "PruningEnv", "Space", "Submit", "layer_facts"]
 
 Array = npt.NDArray[np.float32]
 ORDERS = ("forward", "reverse", "random")
 """In which an episode may decide the groups."""
+
+
+class Submit(Protocol):
+    """Begins to measure a policy; in a race, against a rival. See `PruningEnv.submit`."""
+
+    def __call__(self, policy: Policy, rival: Policy | None = None, /) -> Result:
+        """Return what waits for the candidate; raise `SearchOver` when evaluations or time are spent."""
+        ...
 
 
 class Space(Protocol):
@@ -232,8 +240,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
     Args:
         feasible: The policies to choose from.
         space: What points of a search space stand for, for agents that use one.
-        submit: Begins to measure a policy, and returns what waits for the candidate; raises `SearchOver` when
-            evaluations or time are spent.
+        submit: Begins to measure a policy.
         value: What to raise, of a candidate that did not fail.
         evaluations: How many policies may be evaluated.
         at_once: How many may be under way together.
@@ -258,7 +265,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self,
         feasible: FeasibleSet,
         space: Space,
-        submit: Callable[[Policy], Result],
+        submit: Submit,
         *,
         value: Callable[[Candidate], float],
         evaluations: int,
@@ -301,15 +308,21 @@ class PruningEnv(gymnasium.Env[Array, Array]):
 
     # -- for agents that propose whole policies -------------------------------------------------------------------
 
-    def submit(self, policy: Policy) -> Proposed:
+    def submit(self, policy: Policy, *, rival: Policy | None = None) -> Proposed:
         """Begin to measure a policy: `proposed = env.submit(policy)`, and `proposed()` waits for its candidate.
 
         `at_once` policies may be under way; with more, this waits for one of them.
 
+        Args:
+            policy: What to measure.
+            rival: Where the search is a race (`SearchSettings.race`), the policy is measured no further once it is
+                clearly worse than this one; by default than uniform. A rival that was not measured yet, or not to the
+                end, is measured for it.
+
         Raises:
             SearchOver: Evaluations or time are spent.
         """
-        return Proposed(self.feasible.structure.rounded(policy).id, self._submit(policy))
+        return Proposed(self.feasible.structure.rounded(policy).id, self._submit(policy, rival))
 
     def evaluate(self, policy: Policy) -> Candidate:
         """Measure a policy.
@@ -421,7 +434,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         other = self.beside()
         other._tally = Counter()
 
-        def nothing(policy: Policy) -> Result:
+        def nothing(policy: Policy, rival: Policy | None = None) -> Result:
             def refuse() -> Candidate:
                 raise SearchOver("this environment measures nothing")
 

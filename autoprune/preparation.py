@@ -303,5 +303,5 @@ def evaluator_of(
         recovery = dataclasses.replace(recovery, finetune_steps=steps)
     racing = prepared.settings.race and recovery.finetune_steps == 0
     rival = prepared.feasible.policy(prepared.feasible.uniform(1.0)) if racing else None
-    pipeline = Pipeline(prepared.bench, recovery, prepared.settings.seed, rival)
-    return Evaluator(pipeline, prepared.costs, Ledger(folder.ledger_of(level)), executor, at_once)
+    pipeline = Pipeline(prepared.bench, recovery, prepared.settings.seed)
+    return Evaluator(pipeline, prepared.costs, Ledger(folder.ledger_of(level)), executor, at_once, rival)

@@ -375,8 +375,13 @@ class _Search:
         self.progress.end()
         self.evaluator.watch = self._log
         if self.settings.race:
-            stopped = [c for c in measured(self.evaluator.ledger) if c.measurements[-1].samples is not None]
-            self.progress.line(f"{len(stopped)} of {len(self.evaluator.ledger)} were clearly worse than uniform early")
+            n_val = self.prepared.task.n_val
+            ran = [c.measurements[-1].samples or n_val for c in measured(self.evaluator.ledger)]
+            stopped = sum(samples < n_val for samples in ran)
+            self.progress.line(
+                f"{stopped} of {len(ran)} were clearly worse than their rival early: "
+                f"{sum(ran) / max(1, n_val * len(ran)):.0%} of the samples were measured"
+            )
         if arm.stopped is not None:
             self.progress.line(f"stopped after {len(arm.candidates)} of {arm.limit} candidates: {arm.stopped}")
         return arm

@@ -44,9 +44,10 @@ class SearchSettings:
         shared_steps: Gradient steps in which one set of weights is trained under changing policies, before anything is
             evaluated; all candidates are then cut from these (see `autoprune.finetuning.shared`). 0: from the dense
             network's own.
-        race: Whether a candidate that is clearly worse than uniform at the whole budget is measured no further, and
-            its accuracy estimated (see `autoprune.evaluation.race`). For agents with one objective, and candidates
-            that are not fine-tuned as they are proposed.
+        race: Whether a candidate that is clearly worse than its rival is measured no further, and its accuracy
+            estimated (see `autoprune.evaluation.race`). The rival is uniform at the whole budget, or what the agent
+            names: `evolution` the parent. For agents with one objective, and candidates that are not fine-tuned as they
+            are proposed.
         lr: Peak learning rate of short fine-tuning, and of those steps.
         precision: What candidates are fine-tuned and measured in: "auto" (the fastest that agrees with float32 on this
             machine), "float32" or "bfloat16". The result's numbers are in float32.

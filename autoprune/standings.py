@@ -454,6 +454,8 @@ def _verdicts(contrasts: Contrasts, verb: str) -> list[str]:
         rest = tuple(one for one in contrasts.to_best if one.agent != RANDOM)
         families.append((rest, contrasts.best))
     for differences, other in families:
+        if differences and other != RANDOM:
+            words.append(f"{other} is the best by these same numbers, which favours it in what follows.")
         for one in differences:
             if one.clear:
                 much, bounds = _by(one.by)

@@ -334,8 +334,8 @@ class SyntheticEvaluator:
             raise ValueError("the optimum is known where the price is one of neighbours, but here others matter too")
         return alone, together
 
-    def submit(self, policy: Policy) -> Result:
-        """Return what gives the candidate of a policy.
+    def submit(self, policy: Policy, rival: Policy | None = None) -> Result:
+        """Return what gives the candidate of a policy; there is nothing to save by a race.
 
         Raises:
             SearchOver: The evaluations are spent, or the same policies come again and again.
@@ -700,7 +700,7 @@ def _sequence(
     policies: list[Policy] = []
     over = False
 
-    def submit(policy: Policy) -> Result:
+    def submit(policy: Policy, rival: Policy | None = None) -> Result:
         nonlocal over
         if over:
             raise _KeptOnError

@@ -50,7 +50,7 @@ from autoprune import models, registry
 from autoprune.data import Batch
 from autoprune.devices import resolve, synchronise
 from autoprune.environment import PruningEnv, layer_facts
-from autoprune.evaluation import RUNGS, Evaluator, Ledger, Pipeline, workbench
+from autoprune.evaluation import RUNGS, Evaluator, Ledger, Pipeline, Raced, workbench
 from autoprune.fidelity import kendall
 from autoprune.finetuning import Recipe
 from autoprune.finetuning.train import one_cycle
@@ -283,11 +283,11 @@ def raced(ours: Ours, number: int) -> dict[str, float]:
     uniform = prepared.feasible.policy(prepared.feasible.uniform(1.0))
     found: dict[str, list[Any]] = {}
     seconds = {}
-    for name, rival in (("race", uniform), ("whole", None)):
-        pipeline = Pipeline(prepared.bench, settings.recovery, 0, rival)
+    for name, racing in (("race", True), ("whole", False)):
+        pipeline = Pipeline(prepared.bench, settings.recovery, 0)
         pipeline(uniform)
         started = time.perf_counter()
-        found[name] = [pipeline(policy).measurements[-1] for policy in policies]
+        found[name] = [pipeline(Raced(p, uniform) if racing else p).measurements[-1] for p in policies]
         seconds[name] = time.perf_counter() - started
     n_val = prepared.task.n_val
     accuracies = {name: [m.accuracy for m in ms] for name, ms in found.items()}
@@ -314,7 +314,10 @@ def proposing(ours: Ours, agents: Sequence[str], candidates: int = 60) -> dict[s
         evaluator = SyntheticEvaluator(feasible, evaluations=candidates)
 
         def submit(
-            policy: Policy, evaluator: SyntheticEvaluator = evaluator, answered: list[float] = answered
+            policy: Policy,
+            rival: Policy | None = None,
+            evaluator: SyntheticEvaluator = evaluator,
+            answered: list[float] = answered,
         ) -> Callable[[], Any]:
             started = time.perf_counter()
             candidate = evaluator.submit(policy)()

@@ -25,7 +25,7 @@ from autoprune.agents.optuna import OptunaAgent, TPEAgent
 from autoprune.compare import Comparison, compare
 from autoprune.environment import PruningEnv
 from autoprune.errors import ConfigError, ExecutorError, RunError, TestSetError, UnknownNameError
-from autoprune.evaluation import InProcess, Ledger, Outcome, Pipeline, Work
+from autoprune.evaluation import InProcess, Ledger, Outcome, Pipeline, Raced, Work
 from autoprune.finetuning import Recipe, train
 from autoprune.policy import Policy
 from autoprune.progress import Silent
@@ -254,6 +254,23 @@ def test_killed_anywhere_and_run_again_it_ends_with_the_same_table(
             for folder in (tmp_path / "out", out)
         )
         assert mine == theirs
+
+
+def test_in_a_race_what_is_known_is_known_of_a_policy_and_its_rival(tmp_path: Path) -> None:
+    """Evolution's offspring race against their parents, and others against uniform."""
+    settings: dict[str, Any] = {"agents": ["evolution"], "candidates": 8, "sensitivity": (), "recover": "recalibrated"}
+    settings |= {"race": True, "seeds": 1}
+    whole, first, second = Counting(), Counting(kill_at=14), Counting()
+    run(tmp_path / "whole", executor=whole, **settings)
+    against = Counter(work.partition(" against ")[2] for work in whole.evaluated)
+    assert len(against) >= 3  # uniform alone, others against it, and offspring against what is better
+    assert set(whole.evaluated.values()) == {1}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", executor=first, **settings)
+    run(tmp_path / "out", executor=second, **settings)
+    assert table(tmp_path / "out") == table(tmp_path / "whole")
+    assert set(first.evaluated) | set(second.evaluated) == set(whole.evaluated)
+    assert len(set(first.evaluated) & set(second.evaluated)) <= 1  # what it was killed in
 
 
 def test_a_finished_one_evaluates_nothing(done: tuple[Path, Counting, Comparison]) -> None:
@@ -602,17 +619,21 @@ def test_it_is_a_public_name() -> None:
     assert autoprune.Comparison is Comparison
 
 
-def test_a_policy_that_fails_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("race", [False, True])
+def test_a_policy_that_fails_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, race: bool) -> None:
     calls: Counter[str] = Counter()
     real = Pipeline.__call__
 
     def failing(self: Pipeline, work: Any) -> Outcome:
         calls[work.id] += 1
-        if isinstance(work, Policy) and max(work.values()) > 0.6:
+        policy = work.policy if isinstance(work, Raced) else work
+        if isinstance(policy, Policy) and max(policy.values()) > 0.6:
             return Outcome(work.id, (), 0.1, "the loss is nan")
         return real(self, work)
 
     monkeypatch.setattr(Pipeline, "__call__", failing)
-    result = run(tmp_path / "out", agents=[], sensitivity=())
+    result = run(tmp_path / "out", agents=[], sensitivity=(), race=race)
+    assert set(calls.values()) == {1}
+    run(tmp_path / "out", agents=[], sensitivity=(), race=race, seeds=3)
     assert set(calls.values()) == {1}
     assert all(0 <= value < 1 for row in result.standings.table for value in row.accuracies)

@@ -352,7 +352,7 @@ def test_the_reward_is_the_value_at_the_end_and_nothing_before() -> None:
 def test_a_failed_candidate_gives_the_worst_reward(worst: float) -> None:
     evaluator = SyntheticEvaluator(FEASIBLE, evaluations=10)
 
-    def failing(policy: Policy) -> Result:
+    def failing(policy: Policy, rival: Policy | None = None) -> Result:
         return lambda: dataclasses.replace(evaluator(policy), measurements=(), failure="the loss is not finite")
 
     env = make(submit=failing, worst=worst)
@@ -360,6 +360,22 @@ def test_a_failed_candidate_gives_the_worst_reward(worst: float) -> None:
     assert reward == worst
     assert infos[-1]["candidate"].failure == "the loss is not finite"
     assert np.isnan(env.objectives(infos[-1]["candidate"])[0])
+
+
+def test_who_proposes_names_a_rival_or_none() -> None:
+    evaluator = SyntheticEvaluator(FEASIBLE, evaluations=10)
+    rivals: list[Policy | None] = []
+
+    def submit(policy: Policy, rival: Policy | None = None) -> Result:
+        rivals.append(rival)
+        return evaluator.submit(policy)
+
+    env = make(submit=submit)
+    first, second = FEASIBLE.policy(FEASIBLE.upper), FEASIBLE.policy(FEASIBLE.uniform())
+    env.evaluate(first)
+    env.submit(second, rival=first)
+    walk(env, [0.0] * 4)
+    assert rivals == [None, first, None]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

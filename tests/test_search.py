@@ -847,11 +847,20 @@ def test_a_race_measures_less_and_picks_as_well(agent: str, tmp_path: Path, ligh
     given: dict[str, Any] = {"candidates": 10, "sensitivity": (), "finetune_steps": 0, "recover": "recalibrated"}
     given["agent"] = agent
     hard = make_task(val=samples(1200, 2))
-    raced, whole = (run(tmp_path / str(race), hard, race=race, **given) for race in (True, False))
+    watcher = Watcher()
+    raced = run(tmp_path / "raced", hard, race=True, progress=watcher, **given)
+    whole = run(tmp_path / "whole", hard, **given)
     stopped = [c for c in raced.candidates if c.measurements[-1].samples is not None]
     uniform = next(c for c in raced.candidates if c.arm == "uniform")
+    known = {c.id: c for c in raced.candidates}
     assert stopped
-    assert all(c.accuracy < uniform.accuracy for c in stopped)
+    assert all(c.rival is not None and c.accuracy < known[c.rival].accuracy for c in stopped)
+    measured = sum(c.measurements[-1].samples or 1200 for c in raced.candidates) / (1200 * len(known))
+    assert (
+        f"{len(stopped)} of {len(known)} were clearly worse than their rival early: {measured:.0%} of the samples were "
+        "measured"
+    ) in watcher.lines
+    assert ({c.rival for c in raced.candidates} > {None, uniform.id}) == (agent == "evolution")
     exact = {c.id: c for c in whole.candidates}
     same = [c for c in raced.candidates if c.measurements[-1].samples is None and c.id in exact]
     assert all(c.accuracy == pytest.approx(exact[c.id].accuracy) for c in same)

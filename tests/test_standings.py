@@ -176,6 +176,7 @@ def test_words_tell_what_is_clear_from_what_is_not() -> None:
         "evolution picks 0.9 points more than random (0.8 to 1.1).",
         "uniform picks 5.0 points less than random (4.8 to 5.3).",
         "amc (+0.03 points, −0.6 to 0.7) can't be told apart from random.",
+        "evolution is the best by these same numbers, which favours it in what follows.",
         "amc picks 0.9 points less than evolution (0.2 to 1.6).",
         "uniform picks 5.9 points less than evolution (5.6 to 6.3).",
         "In hypervolume against random, evolution (+0.005, 0.004 to 0.005) is ahead; uniform (−0.025, −0.026 to "
@@ -233,6 +234,7 @@ def test_several_that_cant_be_told_apart_are_one_sentence() -> None:
     found = of({"random": [0.9, 0.91, 0.92], "tpe": [0.93, 0.9, 0.91], "amc": [0.92, 0.90, 0.92]})
     assert found.words[1:] == (
         "amc (+0.3 points, −3.5 to 4.1) and tpe (+0.3 points, −5.4 to 6.1) can't be told apart from random.",
+        "amc is the best by these same numbers, which favours it in what follows.",
         "tpe (0.0 points, −2.5 to 2.5) can't be told apart from amc.",
         "In hypervolume against random, amc (+0.002, −0.017 to 0.021) and tpe (+0.002, −0.027 to 0.030) can't be told "
         "apart.",

@@ -6,7 +6,7 @@ from autoprune.evaluation.executor import Executor, InProcess, Runs, Work
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
 from autoprune.evaluation.once import Once
-from autoprune.evaluation.pipeline import Outcome, Pipeline, Probe, Recovery
+from autoprune.evaluation.pipeline import Outcome, Pipeline, Probe, Raced, Recovery, work_id
 from autoprune.evaluation.precision import AGREEMENT, PRECISIONS, Choice, Precision, chosen
 from autoprune.evaluation.workbench import Workbench
 
@@ -28,6 +28,7 @@ __all__ = [
     "Pipeline",
     "Precision",
     "Probe",
+    "Raced",
     "Recovery",
     "Result",
     "Runs",
@@ -36,4 +37,5 @@ __all__ = [
     "Workbench",
     "chosen",
     "measure",
+    "work_id",
 ]

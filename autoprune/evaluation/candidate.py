@@ -59,6 +59,7 @@ class Candidate:
         measurements: One a rung, least recovered first; the last is what counts.
         seconds: Time that the evaluation took.
         failure: Why it failed, or None.
+        rival: Id of the policy that it was raced against (see `autoprune.evaluation.race`), or None.
     """
 
     number: int
@@ -71,6 +72,7 @@ class Candidate:
     measurements: tuple[Measurement, ...]
     seconds: float
     failure: str | None = None
+    rival: str | None = None
 
     @property
     def accuracy(self) -> float:
@@ -124,6 +126,7 @@ class Candidate:
             "measurements": [asdict(m) for m in self.measurements],
             "seconds": self.seconds,
             "failure": self.failure,
+            "rival": self.rival,
         }
 
     @classmethod
@@ -140,4 +143,5 @@ class Candidate:
             measurements=tuple(Measurement(**m) for m in line["measurements"]),
             seconds=line["seconds"],
             failure=line["failure"],
+            rival=line.get("rival"),
         )

@@ -1,7 +1,8 @@
 """The evaluator: the one place that counts, caches and records evaluations.
 
 Agents propose through an `Arm`, which ends them by `SearchOver`; they can't open a data set. An evaluation depends on
-the policy and the search's seed alone, never on what was evaluated before, so that a ledger can be replayed.
+the policy, its rival in a race, and the search's seed alone, never on what was evaluated before, so that a ledger can
+be replayed.
 
 Evaluations may be under way together. Candidates are numbered as they are proposed and written down as they are done;
 an agent that takes them in the order in which it proposed them sees the same whoever is faster.
@@ -16,9 +17,9 @@ from functools import partial
 from autoprune.cost import CostModel
 from autoprune.errors import SearchOver
 from autoprune.evaluation.candidate import Candidate
-from autoprune.evaluation.executor import Executor, InProcess
+from autoprune.evaluation.executor import Executor, InProcess, Work
 from autoprune.evaluation.ledger import Ledger
-from autoprune.evaluation.pipeline import Pipeline
+from autoprune.evaluation.pipeline import Pipeline, Raced
 from autoprune.evaluation.workbench import Workbench
 from autoprune.policy import Policy
 
@@ -36,6 +37,7 @@ Result = Callable[[], Candidate]
 class _Proposal:
     number: int
     policy: Policy
+    work: Work
     removed: dict[str, int]
     arm: str
     agent: str
@@ -50,6 +52,8 @@ class Evaluator:
         ledger: Where candidates are written, and looked up before anything is evaluated.
         executor: Where evaluations run; by default here, one after another. It is started when it is first needed.
         at_once: How many may be under way; by default as many as the executor has.
+        rival: What candidates are raced against, where who proposes them names no other (see
+            `autoprune.evaluation.race`). None: no candidate is raced.
 
     Attributes:
         watch: Called with every candidate as soon as it is known: on disk, or asked for and found there.
@@ -63,8 +67,10 @@ class Evaluator:
         ledger: Ledger,
         executor: Executor | None = None,
         at_once: int | None = None,
+        rival: Policy | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.rival = rival
         self.costs = costs
         self.ledger = ledger
         self.executor: Executor = InProcess() if executor is None else executor
@@ -101,11 +107,17 @@ class Evaluator:
         self._started = False
         self.executor = InProcess()
 
-    def submit(self, policy: Policy, *, arm: str, agent: str) -> Result:
+    def submit(self, policy: Policy, *, arm: str, agent: str, rival: Policy | None = None) -> Result:
         """Begin an evaluation, unless the ledger has it or it is under way; waits while too many are.
 
+        Args:
+            policy: Which network.
+            arm: Why.
+            agent: Who proposes it.
+            rival: In a race, against what; by default the evaluator's.
+
         Raises:
-            PolicyError: The policy names a group that the network does not offer.
+            PolicyError: A policy names a group that the network does not offer.
         """
         removed = self.bench.structure.removed(policy)
         rounded = self.bench.structure.policy(removed)
@@ -115,9 +127,16 @@ class Evaluator:
         elif rounded.id not in self._pending:
             self.start()
             self.make_room()
-            self._pending[rounded.id] = _Proposal(self._free_number(), rounded, removed, arm, agent)
-            self.executor.submit(rounded)
+            work = self._work(rounded, rival)
+            self._pending[rounded.id] = _Proposal(self._free_number(), rounded, work, removed, arm, agent)
+            self.executor.submit(work)
         return partial(self._result, rounded.id)
+
+    def _work(self, policy: Policy, rival: Policy | None) -> Policy | Raced:
+        if self.rival is None:
+            return policy
+        against = self.bench.structure.rounded(self.rival if rival is None else rival)
+        return policy if against.id == policy.id else Raced(policy, against)
 
     def make_room(self) -> None:
         """Wait until another evaluation may be begun."""
@@ -151,10 +170,10 @@ class Evaluator:
             raise
         finally:
             self.waited += time.monotonic() - started
-        proposal = self._pending[outcome.id]
+        proposal = next(one for one in self._pending.values() if one.work.id == outcome.id)
         candidate = Candidate(
             number=proposal.number,
-            id=outcome.id,
+            id=proposal.policy.id,
             arm=proposal.arm,
             agent=proposal.agent,
             policy=proposal.policy,
@@ -163,9 +182,10 @@ class Evaluator:
             measurements=outcome.measurements,
             seconds=outcome.seconds,
             failure=outcome.failure,
+            rival=proposal.work.rival.id if isinstance(proposal.work, Raced) else None,
         )
         self.ledger.append(candidate)
-        del self._pending[outcome.id]  # not before it is on disk
+        del self._pending[candidate.id]  # not before it is on disk
         self._see(candidate)
 
     def _see(self, candidate: Candidate) -> None:
@@ -212,8 +232,8 @@ class Arm:
         """The ids of the distinct policies, in the order of proposal."""
         return tuple(self._proposed)
 
-    def submit(self, policy: Policy) -> Result:
-        """Begin to evaluate a policy.
+    def submit(self, policy: Policy, rival: Policy | None = None) -> Result:
+        """Begin to evaluate a policy; in a race, against a rival.
 
         Raises:
             SearchOver: The limit, the deadline, or the end of new ideas is reached; nothing was begun.
@@ -230,7 +250,7 @@ class Arm:
         late = self._deadline is not None and time.monotonic() >= self._deadline
         if late and self._evaluator.ledger.get(policy_id) is None:
             self._end(TIME_LIMIT)
-        self._proposed[policy_id] = self._evaluator.submit(policy, arm=self.name, agent=self._agent)
+        self._proposed[policy_id] = self._evaluator.submit(policy, arm=self.name, agent=self._agent, rival=rival)
         self._repeats = 0
         return partial(self._result, policy_id)
 

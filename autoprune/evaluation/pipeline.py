@@ -1,6 +1,6 @@
 """The pipeline: what happens to a policy between being proposed and being known. Nothing here counts or records.
 
-Slice, recover, measure. What comes out depends on the policy and the seed alone, so it may run anywhere, any number of
+Slice, recover, measure. What comes out depends on the work and the seed alone, so it may run anywhere, any number of
 times: a pipeline can be pickled, and is as good elsewhere.
 """
 
@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,7 +22,9 @@ from autoprune.policy import Policy
 from autoprune.seeds import derive
 from autoprune.threads import suited_threads
 
-__all__ = ["Outcome", "Pipeline", "Probe", "Recovery"]
+__all__ = ["Outcome", "Pipeline", "Probe", "Raced", "Recovery", "work_id"]
+
+_RIVALS = 16  # networks whose samples are kept: an agent breeds from one policy again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,29 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Raced:
+    """A policy that is measured no further once it is clearly worse than another (see `autoprune.evaluation.race`)."""
+
+    policy: Policy
+    rival: Policy
+
+    @property
+    def id(self) -> str:
+        """What is known of a policy depends on its rival."""
+        return work_id(self.policy.id, self.rival.id)
+
+
+def work_id(policy_id: str, rival_id: str | None) -> str:
+    """Return the id of the work that a policy is, with or without a rival."""
+    return policy_id if rival_id is None else f"{policy_id} against {rival_id}"
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a policy or a probe.
+    """What came of work: a policy, raced or not, or a probe.
 
     Attributes:
-        id: The policy's or the probe's id.
+        id: The work's.
         measurements: One a rung, least recovered first; empty if it failed.
         seconds: Time that it took where it ran.
         failure: Why it failed, or None.
@@ -80,24 +100,24 @@ class Pipeline:
         bench: The network and its data.
         recovery: How far weights are recovered.
         seed: Of fine-tuning.
-        rival: A candidate that is clearly worse than this policy is measured no further (see
-            `autoprune.evaluation.race`); the same for all, so that what comes out depends on the policy alone.
     """
 
-    def __init__(self, bench: Workbench, recovery: Recovery, seed: int, rival: Policy | None = None) -> None:
+    def __init__(self, bench: Workbench, recovery: Recovery, seed: int) -> None:
         self.bench = bench
         self.recovery = recovery
         self.seed = seed
-        self.rival = None if rival is None else bench.structure.rounded(rival)
+        self._rivals: dict[str, Samples] = {}  # of whole measurements, by policy id; who is asked for comes last
 
     @property
     def device(self) -> torch.device:
         """The network's."""
         return self.bench.device
 
-    def __call__(self, work: Policy | Probe) -> Outcome:
+    def __call__(self, work: Policy | Raced | Probe) -> Outcome:
         """Return what comes of a policy or a probe; a policy that diverges has failed, which is an outcome too."""
-        return self._probed(work) if isinstance(work, Probe) else self._evaluated(work)
+        if isinstance(work, Probe):
+            return self._probed(work)
+        return self._evaluated(work.policy, work.rival) if isinstance(work, Raced) else self._evaluated(work)
 
     def _probed(self, probe: Probe) -> Outcome:
         started = time.perf_counter()
@@ -107,26 +127,30 @@ class Pipeline:
         found = (samples.summary(self.bench.rung),)
         return Outcome(probe.id, found, seconds, drop_se=drop_se, executed=self.bench.executed[-1])
 
-    def _evaluated(self, policy: Policy) -> Outcome:
+    def _evaluated(self, policy: Policy, rival: Policy | None = None) -> Outcome:
         self.bench.forget()  # what probes kept
         started = time.perf_counter()
         failure = None
         measurements: tuple[Measurement, ...] = ()
         try:
-            _, measurements = self.recovered(policy)
+            _, measurements = self.recovered(policy, rival=rival)
         except DivergedError as error:
             failure = str(error)
         if failure is None and not all(math.isfinite(m.loss) for m in measurements):
             failure = f"the validation loss is {measurements[-1].loss}"
         seconds = round(time.perf_counter() - started, 4)
-        return Outcome(policy.id, measurements if failure is None else (), seconds, failure)
+        identity = work_id(policy.id, None if rival is None else rival.id)
+        return Outcome(identity, measurements if failure is None else (), seconds, failure)
 
-    def recovered(self, policy: Policy, *, final: bool = False) -> tuple[nn.Module, tuple[Measurement, ...]]:
+    def recovered(
+        self, policy: Policy, *, final: bool = False, rival: Policy | None = None
+    ) -> tuple[nn.Module, tuple[Measurement, ...]]:
         """Build a policy's network and recover its weights, always to the same result.
 
         Args:
             policy: Which network.
             final: Whether to measure it once only, when it is done, and in float32.
+            rival: Once it is clearly worse than this policy, it is measured no further (see `Workbench.measure`).
 
         Returns:
             The network, in eval mode, and what it measured, at every rung.
@@ -144,17 +168,26 @@ class Pipeline:
                 return model, tuple(measurements)
             self.train(model, steps, self.recovery.recipe, derive(self.seed, "fine-tuning", policy.id), removed)
             rung = "short"
-        rival = None if final or self.rival is None or policy.id == self.rival.id else self._rival
-        last = bench.measure(model, bench.precision.full if final else None, rival).summary(rung, rival)
+        other = None if rival is None else self._samples_of(rival)
+        samples = bench.measure(model, bench.precision.full if final else None, other)
+        if bench.race and not final and len(samples) == bench.task.n_val:
+            self._keep(policy.id, samples)
+        last = samples.summary(rung, other)
         measurements.append(replace(last, steps=steps))
         return model, tuple(measurements)
 
-    @cached_property
-    def _rival(self) -> Samples | None:
-        """What the rival does on all validation samples, or None if it can't be told."""
-        assert self.rival is not None
-        samples = self.bench.measure(self.bench.recovered(self.bench.structure.removed(self.rival)))
+    def _samples_of(self, rival: Policy) -> Samples | None:
+        """Return what a rival does on all validation samples, or None if it can't be told."""
+        samples = self._rivals.pop(rival.id, None)
+        if samples is None:  # it was evaluated elsewhere, or long ago, or not to the end
+            samples = self.bench.measure(self.bench.recovered(self.bench.structure.removed(rival)))
+        self._keep(rival.id, samples)
         return samples if bool(torch.isfinite(samples.losses).all()) else None
+
+    def _keep(self, policy_id: str, samples: Samples) -> None:
+        self._rivals[policy_id] = samples
+        if len(self._rivals) > _RIVALS:
+            del self._rivals[next(iter(self._rivals))]
 
     def train(
         self,

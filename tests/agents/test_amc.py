@@ -252,7 +252,7 @@ def test_ppo_runs_as_many_episodes_side_by_side_as_may_be_under_way() -> None:
     under_way: list[str] = []
     most = 0
 
-    def submit(policy: Policy) -> Result:
+    def submit(policy: Policy, rival: Policy | None = None) -> Result:
         nonlocal most
         result = evaluator.submit(policy)
         under_way.append(policy.id)

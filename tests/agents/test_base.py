@@ -59,8 +59,8 @@ def test_policies_that_come_again_leave_no_worker_idle() -> None:
 
     begun_before: set[str] = set()
 
-    def counted(policy: Any) -> Any:
-        result = submit(policy)
+    def counted(policy: Any, rival: Any = None) -> Any:
+        result = submit(policy, rival)
         if policy.id not in begun_before:
             begun_before.add(policy.id)
             waiting.add(policy.id)

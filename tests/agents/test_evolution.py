@@ -9,7 +9,8 @@ from autoprune.agents.base import Agent
 from autoprune.agents.evolution import EvolutionAgent, switched
 from autoprune.cost import FeasibleSet
 from autoprune.errors import ConfigError
-from autoprune.evaluation import Candidate
+from autoprune.evaluation import Candidate, Result
+from autoprune.policy import Policy
 from autoprune.search_spaces.per_group import PerGroup
 from autoprune.testing import AgentContract, chain, run_agent, synthetic_env
 
@@ -99,12 +100,21 @@ def test_survivors_take_turns_as_parents(survivors: int, parents: list[int]) -> 
     env.warm_starts = tuple(env.space.decode(list(corner)) for corner in corners)
     worth = dict(zip(env.warm_starts, (1.0, 3.0, 2.0), strict=True))
     env.value = lambda candidate: worth.get(candidate.policy, 0.0)  # type: ignore[method-assign]
+    rivals: list[Policy | None] = []
+
+    def submit(policy: Policy, rival: Policy | None = None) -> Result:
+        rivals.append(rival)
+        return evaluator.submit(policy)
+
+    env._submit = submit
     run_agent(EvolutionAgent(survivors=survivors, step=0.02), env, seed=0)  # so that a child is beside its parent
     starts = np.array([env.feasible.removed(policy) for policy in env.warm_starts])
     children = [env.feasible.removed(candidate.policy) for candidate in evaluator.candidates[3:]]
     nearest = [int(np.abs(starts - child).sum(axis=1).argmin()) for child in children]
     turns = [parents[number % survivors] for number in range(4)]  # anew in each generation
     assert nearest == turns * 3
+    against = [env.warm_starts[parent] for parent in turns * 3]
+    assert rivals[:15] == [None, None, None, *against], "in a race, a child is to be as good as its parent"
 
 
 def test_finds_the_known_optimum_of_a_small_space() -> None:

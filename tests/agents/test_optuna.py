@@ -446,7 +446,7 @@ def test_without_cmaes_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatc
 def test_no_search_goes_on_after_an_error_of_the_evaluator() -> None:
     env, _ = synthetic_env(evaluations=3)
 
-    def broken(policy: Policy) -> Candidate:
+    def broken(policy: Policy, rival: Policy | None = None) -> Candidate:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

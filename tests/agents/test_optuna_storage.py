@@ -17,7 +17,7 @@ import pytest
 
 from autoprune.agents.base import Agent
 from autoprune.agents.optuna import CMAESAgent, NSGA2Agent, OptunaAgent, QMCAgent, TPEAgent
-from autoprune.environment import PruningEnv
+from autoprune.environment import PruningEnv, Submit
 from autoprune.errors import ConfigError, SearchOver
 from autoprune.evaluation import Candidate, Result
 from autoprune.policy import Policy
@@ -44,7 +44,7 @@ def shared_env(
     env = PruningEnv(
         made.feasible,
         made.space,
-        lambda policy: submit(evaluator.submit(policy)),
+        lambda policy, rival=None: submit(evaluator.submit(policy)),
         value=lambda candidate: candidate.accuracy,
         evaluations=evaluations,
         at_once=at_once,
@@ -86,7 +86,7 @@ for url in urls:
     made, evaluator = synthetic_env(evaluations=8, widths=(16, 16, 32, 32))
     warm = [made.space.decode([0.1, 0.9, 0.5, 0.5]), made.space.decode([0.9, 0.1, 0.5, 0.5])]
 
-    def submit(policy):
+    def submit(policy, rival=None):
         time.sleep(0.02)
         return evaluator.submit(policy)
 
@@ -319,7 +319,9 @@ def test_killed_anywhere_it_goes_on_and_every_candidate_is_a_trial(
         env, _ = shared_env("run-1", evaluations=9, at_once=at_once)
         whole = env._submit
 
-        def submit(policy: Policy, whole: Callable[[Policy], Result] = whole, kill_at: int | None = kill_at) -> Result:
+        def submit(
+            policy: Policy, rival: Policy | None = None, whole: Submit = whole, kill_at: int | None = kill_at
+        ) -> Result:
             result = whole(policy)
 
             def wait() -> Candidate:

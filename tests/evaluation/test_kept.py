@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autoprune.data import Batch
-from autoprune.evaluation import Evaluator, Pipeline, Precision, Recovery, Workbench, workbench
+from autoprune.evaluation import Evaluator, Pipeline, Precision, Raced, Recovery, Workbench, workbench
 from autoprune.evaluation.kept import Kept
 from autoprune.policy import Policy
 from autoprune.task import Task
@@ -208,8 +208,9 @@ class TestWorkbench:
             bench = make("recalibrated", True)
             bench._batch = 4
             bench._val = bench._validation()
-            pipeline = Pipeline(bench, Recovery(200), 0, MILD)
-            return pipeline(HARD).measurements, pickle.loads(pickle.dumps(pipeline))(MILD).measurements
+            pipeline = Pipeline(bench, Recovery(200), 0)
+            elsewhere = pickle.loads(pickle.dumps(pipeline))
+            return pipeline(Raced(HARD, MILD)).measurements, elsewhere(MILD).measurements
 
         expected = raced()
         monkeypatch.setattr(workbench, "_IN_MEMORY", 0)

@@ -151,7 +151,7 @@ def test_a_line_has_the_fields_that_the_format_names() -> None:
     assert list(line) == [
         *("number", "id", "arm", "agent", "policy", "removed", "macs", "params", "bytes"),
         *("activations", "nonzero_params", "nonzero_macs"),
-        *("measurements", "seconds", "failure"),
+        *("measurements", "seconds", "failure", "rival"),
     ]
     assert list(line["measurements"][0]) == [
         *("fidelity", "accuracy", "accuracy_se", "loss", "loss_se", "steps", "samples")

@@ -3,12 +3,13 @@
 import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from autoprune.evaluation import Evaluator, Pipeline, Recovery, Samples, Workbench
+from autoprune.evaluation import Evaluator, Ledger, Pipeline, Raced, Recovery, Samples, Workbench
 from autoprune.evaluation.race import clearly_worse, legs
 from autoprune.policy import Policy
 from autoprune.task import Task
@@ -73,16 +74,29 @@ class TestEstimate:
         assert samples(1, 1, 0, 0).summary("short").samples is None
 
 
-BAD, GOOD = Policy({"conv1": 0.8, "conv2": 0.8}), Policy({"conv2": 0.25})
+BAD, GOOD, SLIGHT = Policy({"conv1": 0.75, "conv2": 0.75}), Policy({"conv2": 0.25}), Policy({"conv2": 0.375})
 
 
-def racing(task: Task, plain: Evaluator, rival: Policy | None) -> Pipeline:
+def racing(task: Task, plain: Evaluator) -> Pipeline:
     """Return a pipeline that races, on batches of four samples."""
     bench = plain.bench
     raced = Workbench(task, bench.structure, bench.orders, 200, 0, "recalibrated", race=True)
     raced._batch = 4
     raced._val = raced._validation()
-    return Pipeline(raced, Recovery(200), 0, rival)
+    return Pipeline(raced, Recovery(200), 0)
+
+
+def measured_by(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the list that will hold how many samples each network is measured on."""
+    measure, sizes = pipeline.bench.measure, list[int]()
+
+    def noted(*given: Any, **named: Any) -> Samples:
+        found = measure(*given, **named)
+        sizes.append(len(found))
+        return found
+
+    monkeypatch.setattr(pipeline.bench, "measure", noted)
+    return sizes
 
 
 class TestPipeline:
@@ -90,18 +104,60 @@ class TestPipeline:
         self, task: Task, make_evaluator: Callable[..., Evaluator]
     ) -> None:
         plain = make_evaluator(task)
-        pipeline, whole = racing(task, plain, GOOD), racing(task, plain, None)
-        (bad,), (exact,) = pipeline(BAD).measurements, whole(BAD).measurements
+        pipeline = racing(task, plain)
+        (bad,), (exact,) = pipeline(Raced(BAD, GOOD)).measurements, pipeline(BAD).measurements
         assert bad.samples is not None
         assert bad.samples < 101
         assert bad.accuracy == pytest.approx(exact.accuracy, abs=0.2)
         assert bad.accuracy < pipeline(GOOD).measurements[0].accuracy
-        assert pipeline(GOOD).measurements == whole(GOOD).measurements
-        slightly = Policy({"conv2": 0.375})
-        assert pipeline(slightly).measurements == whole(slightly).measurements
+        assert exact.samples is None
+        assert pipeline(Raced(SLIGHT, GOOD)).measurements == pipeline(SLIGHT).measurements
+
+    def test_what_is_known_depends_on_the_rival_and_so_does_its_name(
+        self, task: Task, make_evaluator: Callable[..., Evaluator]
+    ) -> None:
+        pipeline = racing(task, make_evaluator(task))
+        outcomes = [pipeline(work) for work in (Raced(BAD, GOOD), Raced(BAD, BAD), BAD)]
+        assert [one.measurements[0].samples is None for one in outcomes] == [False, True, True]
+        assert [one.id for one in outcomes] == [f"{BAD.id} against {GOOD.id}", f"{BAD.id} against {BAD.id}", BAD.id]
+
+    def test_a_rival_that_was_measured_is_not_measured_again(
+        self, task: Task, make_evaluator: Callable[..., Evaluator], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pipeline = racing(task, make_evaluator(task))
+        sizes = measured_by(pipeline, monkeypatch)
+        first = [pipeline(work) for work in (GOOD, Raced(BAD, GOOD), Raced(SLIGHT, GOOD))]
+        assert len(sizes) == 3
+        monkeypatch.setattr(pipeline, "_rivals", {})
+        again = pipeline(Raced(BAD, GOOD))
+        assert sizes[3] == 101
+        assert sizes[4] < 101
+        assert again.measurements == first[1].measurements
+
+    def test_a_rival_that_was_stopped_is_measured_to_the_end(
+        self, task: Task, make_evaluator: Callable[..., Evaluator], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pipeline = racing(task, make_evaluator(task))
+        sizes = measured_by(pipeline, monkeypatch)
+        pipeline(Raced(BAD, GOOD))
+        pipeline(Raced(SLIGHT, BAD))
+        assert sizes[0] == sizes[2] == sizes[3] == 101
+        assert sizes[1] < 101
+
+    def test_few_rivals_are_kept_and_who_is_asked_for_stays(
+        self, task: Task, make_evaluator: Callable[..., Evaluator], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("autoprune.evaluation.pipeline._RIVALS", 2)
+        pipeline = racing(task, make_evaluator(task))
+        for work in (GOOD, SLIGHT, Raced(BAD, GOOD), Policy({"conv1": 0.125}), Policy({})):
+            pipeline(work)
+        assert list(pipeline._rivals) == [Policy({"conv1": 0.125}).id, Policy({}).id]
+        for work in (GOOD, SLIGHT, Raced(BAD, GOOD), Policy({"conv1": 0.125})):
+            pipeline(work)
+        assert list(pipeline._rivals) == [GOOD.id, Policy({"conv1": 0.125}).id]
 
     def test_what_is_final_is_measured_on_all(self, task: Task, make_evaluator: Callable[..., Evaluator]) -> None:
-        pipeline = racing(task, make_evaluator(task), GOOD)
+        pipeline = racing(task, make_evaluator(task))
         _, (last,) = pipeline.recovered(BAD, final=True)
         assert last.samples is None
 
@@ -110,10 +166,10 @@ class TestPipeline:
     ) -> None:
         plain = make_evaluator(task)
         bench = Workbench(task, plain.bench.structure, plain.bench.orders, 200, 0, "recalibrated", race=True)
-        pipeline = Pipeline(bench, Recovery(200), 0, GOOD)
+        pipeline = Pipeline(bench, Recovery(200), 0)
         there: Pipeline = pickle.loads(pickle.dumps(pipeline))
         assert there.bench.race
-        assert there(BAD).measurements == pipeline(BAD).measurements
+        assert there(Raced(BAD, GOOD)).measurements == pipeline(Raced(BAD, GOOD)).measurements
 
     def test_the_order_of_samples_is_random_and_repeatable(
         self, task: Task, make_evaluator: Callable[..., Evaluator]
@@ -126,3 +182,40 @@ class TestPipeline:
         assert torch.equal(targets, next(iter(other))[1])
         assert not torch.equal(targets, torch.arange(101) % 4)  # as they come
         assert targets.bincount().tolist() == [26, 25, 25, 25]
+
+
+class TestEvaluator:
+    @pytest.fixture
+    def told(self, task: Task, make_evaluator: Callable[..., Evaluator]) -> Callable[..., Evaluator]:
+        """Return what makes an evaluator with a rival, or without one."""
+        plain = make_evaluator(task)
+        pipeline = racing(task, plain)
+        return lambda rival: Evaluator(pipeline, plain.costs, Ledger(), rival=rival)
+
+    def test_it_races_against_whom_the_agent_names_or_else_its_own(self, told: Callable[..., Evaluator]) -> None:
+        evaluator = told(GOOD)
+        bad, slight, good = (evaluator.bench.structure.rounded(policy).id for policy in (BAD, SLIGHT, GOOD))
+        by_default = evaluator.submit(BAD, arm="search", agent="a")()
+        named = evaluator.submit(SLIGHT, arm="search", agent="a", rival=Policy({"conv2": 0.27}))()
+        assert (by_default.id, by_default.rival) == (bad, good)
+        assert by_default.measurements[0].samples is not None
+        assert (named.id, named.rival) == (slight, good)  # what the named policy comes to
+        assert [candidate.id for candidate in evaluator.ledger] == [bad, slight]
+
+    def test_nobody_races_against_itself(self, told: Callable[..., Evaluator]) -> None:
+        assert told(GOOD).evaluate(GOOD, arm="uniform", agent="uniform").rival is None
+
+    def test_without_a_race_nobody_is_raced_whoever_is_named(self, told: Callable[..., Evaluator]) -> None:
+        candidate = told(None).submit(BAD, arm="search", agent="a", rival=GOOD)()
+        assert candidate.rival is None
+        assert candidate.measurements[0].samples is None
+
+    def test_under_way_or_known_the_first_rival_counts(self, told: Callable[..., Evaluator]) -> None:
+        evaluator = told(GOOD)
+        evaluator.at_once = 3
+        good = evaluator.bench.structure.rounded(GOOD).id
+        results = [evaluator.submit(BAD, arm="search", agent="a", rival=rival) for rival in (GOOD, SLIGHT)]
+        results.append(evaluator.submit(SLIGHT, arm="search", agent="a"))
+        assert [result().rival for result in results] == [good] * 3
+        assert evaluator.submit(BAD, arm="search", agent="a", rival=SLIGHT)().rival == good
+        assert len(evaluator.ledger) == 2
