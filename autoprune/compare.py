@@ -1,10 +1,10 @@
 """The comparison: several agents on one task, each with the same number of evaluations, over several seeds.
 
 Every agent and seed is an ordinary search in a folder of its own. What is the same for all is measured once: groups one
-by one, moments, the precision, which count as nobody's evaluations; and each policy that more than one search asks for,
-which counts for every one of them. The searches run one after another and share one executor, whose workers evaluate
-candidates of one search at a time; or several run together, once the first has left what all share, each in a process
-that evaluates its own.
+by one, moments, the precision, which count as nobody's evaluations; and each policy that more than one search asks for
+(in a race, against one rival), which counts for every one of them. The searches run one after another and share one
+executor, whose workers evaluate candidates of one search at a time; or several run together, once the first has left
+what all share, each in a process that evaluates its own.
 """
 
 import copy
@@ -26,12 +26,12 @@ from autoprune import registry
 from autoprune.cost import Cost
 from autoprune.devices import nearest
 from autoprune.errors import ConfigError, RunError, TaskError
-from autoprune.evaluation import Candidate, Executor, InProcess, Ledger, Once, Outcome, work_id
+from autoprune.evaluation import Candidate, Executor, InProcess, Ledger, Once, Outcome, outcomes
 from autoprune.export import load
 from autoprune.finaliser import FULL_LR, read_test
 from autoprune.pareto import pick
 from autoprune.progress import Progress, Silent
-from autoprune.result import dense_as_searched, measured, open_run, record_of, render
+from autoprune.result import dense_as_searched, measured, open_run, pickable, record_of, render
 from autoprune.run import FORMAT, RunFolder, write_json
 from autoprune.search import identity_of, search, versions
 from autoprune.sensitivity import SensitivityReport
@@ -99,7 +99,7 @@ def compare(
         agents: Names, also with settings, as in `"tpe:warm_start=false"`, or agents, or a name for each agent. Uniform
             and random are always among them. Each search has a copy of its agent, as it was handed in.
         seeds: How many; agents draw from the seeds 0, 1, …, while the task's own seed, `seed`, is the same for all:
-            what becomes of a policy does not depend on who proposes it.
+            what becomes of a policy does not depend on who proposes it, but in a race on the rival that is named.
         finalize: Epochs of full fine-tuning that each agent's pick gets, after which the test set is read, once, for
             all of them; None for neither.
         finalize_lr: Peak learning rate of that.
@@ -219,7 +219,7 @@ class _Run:
         Raises:
             TaskError: None of it could be measured.
         """
-        own = [candidate for candidate in measured(self.proposed) if fits(candidate)]
+        own = pickable(filter(fits, self.proposed))
         if not own:
             raise TaskError(f"nothing that {self.agent} proposed with seed {self.seed} could be measured: no pick")
         return pick(own, fits=fits)[0]
@@ -395,8 +395,7 @@ def _apart(work: bytes, numbers: Sequence[int], parallel: int, tick: Callable[[]
 
 def _known(folder: RunFolder) -> list[Outcome]:
     """Return what searches of the folder have evaluated: their ledgers are the cache."""
-    ledgers = [Ledger(path) for path in sorted(folder.path.glob("*/*/ledger.jsonl"))]
-    return [Outcome(work_id(c.id, c.rival), c.measurements, c.seconds, c.failure) for ledger in ledgers for c in ledger]
+    return outcomes(map(Ledger, sorted(folder.path.glob("*/*/ledger.jsonl"))))
 
 
 def _share(giver: RunFolder, taker: RunFolder) -> None:

@@ -316,8 +316,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         Args:
             policy: What to measure.
             rival: Where the search is a race (`SearchSettings.race`), the policy is measured no further once it is
-                clearly worse than this one; by default than uniform. A rival that was not measured yet, or not to the
-                end, is measured for it.
+                clearly worse than this one; by default than uniform. The first that is named for a policy counts. A
+                rival that was not measured yet, not to the end, or by another worker, is measured for it.
 
         Raises:
             SearchOver: Evaluations or time are spent.

@@ -248,6 +248,12 @@ def measured(candidates: Iterable[Candidate]) -> list[Candidate]:
     return [candidate for candidate in candidates if candidate.failure is None]
 
 
+def pickable(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Return the candidates that did not fail, without those that a race stopped where others are there."""
+    there = measured(candidates)
+    return [candidate for candidate in there if not candidate.stopped] or there
+
+
 def pick_from(
     evaluator: Evaluator,
     dense_accuracy: float,
@@ -273,7 +279,7 @@ def pick_from(
     """
     limits = Budget.parse(budget)
     dense_cost = evaluator.costs.dense
-    choices = measured(evaluator.ledger)
+    choices = pickable(evaluator.ledger)
     if not len(evaluator.ledger):
         raise ConfigError("the time limit ended before the first candidate; raise it, and the same search goes on")
     failures = [candidate.failure for candidate in evaluator.ledger if candidate.failure is not None]
@@ -344,7 +350,8 @@ def rebuild(evaluator: Evaluator, candidate: Candidate, rule: str) -> PrunedNetw
     model, (measured,) = evaluator.pipeline.recovered(candidate.policy, final=True)
     again = measured.accuracy
     rounding = AGREEMENT + 1 / evaluator.bench.task.n_val if evaluator.bench.precision.dtype != "float32" else 1e-9
-    noise = 0.0 if math.isnan(candidate.accuracy_se) else 2 * candidate.accuracy_se
+    errors = 5 if candidate.stopped else 2  # it was measured on few samples, and may be the best by that
+    noise = 0.0 if math.isnan(candidate.accuracy_se) else errors * candidate.accuracy_se
     if not math.isclose(again, candidate.accuracy, abs_tol=noise + rounding):
         raise RunError(
             f"candidate {candidate.id} was measured at {candidate.accuracy:.4f}, but its network, rebuilt from its "

@@ -377,10 +377,10 @@ class _Search:
         if self.settings.race:
             n_val = self.prepared.task.n_val
             ran = [c.measurements[-1].samples or n_val for c in measured(self.evaluator.ledger)]
-            stopped = sum(samples < n_val for samples in ran)
+            stopped = sum(candidate.stopped for candidate in self.evaluator.ledger)
             self.progress.line(
                 f"{stopped} of {len(ran)} were clearly worse than their rival early: "
-                f"{sum(ran) / max(1, n_val * len(ran)):.0%} of the samples were measured"
+                f"{sum(ran) / max(1, n_val * len(ran)):.0%} of their samples were measured"
             )
         if arm.stopped is not None:
             self.progress.line(f"stopped after {len(arm.candidates)} of {arm.limit} candidates: {arm.stopped}")

@@ -41,7 +41,7 @@ import autoprune as ap
 from autoprune import data, models
 from autoprune.agents.amc import AMCAgent
 from autoprune.cli import watching
-from autoprune.evaluation import InProcess, Ledger, Once, Outcome, measure
+from autoprune.evaluation import InProcess, Ledger, Once, measure, outcomes
 from autoprune.preparation import Prepared, prepare
 from autoprune.run import RunFolder
 from autoprune.settings import SearchSettings
@@ -157,8 +157,7 @@ def searched(name: str, options: argparse.Namespace, agent: Any, label: str, can
     """Search a task with one agent and another number of evaluations, and fine-tune the picks by the same recipe."""
     setting, folder = SETTINGS[name], options.out / f"{name}-{label}"
     beside = [*sorted((options.out / name).glob("*/*/ledger.jsonl")), *sorted(folder.glob("*/ledger.jsonl"))]
-    known = [Outcome(c.id, c.measurements, c.seconds, c.failure) for file in beside for c in Ledger(file)]
-    once = Once(InProcess(), known)
+    once = Once(InProcess(), outcomes(map(Ledger, beside)))
     try:
         for seed in range(options.seeds):
             out = folder / str(seed)

@@ -256,18 +256,20 @@ def test_killed_anywhere_and_run_again_it_ends_with_the_same_table(
         assert mine == theirs
 
 
-def test_in_a_race_what_is_known_is_known_of_a_policy_and_its_rival(tmp_path: Path) -> None:
+RACE: dict[str, Any] = {"agents": ["evolution"], "candidates": 8, "sensitivity": (), "race": True, "seeds": 1}
+
+
+@pytest.mark.parametrize("kill_at", [6, 14])
+def test_in_a_race_what_is_known_is_known_of_a_policy_and_its_rival(tmp_path: Path, kill_at: int) -> None:
     """Evolution's offspring race against their parents, and others against uniform."""
-    settings: dict[str, Any] = {"agents": ["evolution"], "candidates": 8, "sensitivity": (), "recover": "recalibrated"}
-    settings |= {"race": True, "seeds": 1}
-    whole, first, second = Counting(), Counting(kill_at=14), Counting()
-    run(tmp_path / "whole", executor=whole, **settings)
+    whole, first, second = Counting(), Counting(kill_at=kill_at), Counting()
+    run(tmp_path / "whole", executor=whole, **RACE)
     against = Counter(work.partition(" against ")[2] for work in whole.evaluated)
     assert len(against) >= 3  # uniform alone, others against it, and offspring against what is better
     assert set(whole.evaluated.values()) == {1}
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "out", executor=first, **settings)
-    run(tmp_path / "out", executor=second, **settings)
+        run(tmp_path / "out", executor=first, **RACE)
+    run(tmp_path / "out", executor=second, **RACE)
     assert table(tmp_path / "out") == table(tmp_path / "whole")
     assert set(first.evaluated) | set(second.evaluated) == set(whole.evaluated)
     assert len(set(first.evaluated) & set(second.evaluated)) <= 1  # what it was killed in
@@ -294,11 +296,12 @@ def test_more_seeds_and_agents_go_on_with_what_is_there(tmp_path: Path) -> None:
     assert fewer.standings.words[1].startswith("With one seed there are no intervals")
 
 
-def test_with_several_under_way_it_stays_as_it_began(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{"seeds": 1}, RACE], ids=["whole", "race"])
+def test_with_several_under_way_it_stays_as_it_began(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "out", seeds=1, executor=Counting(at_once=3, kill_at=5))
-    run(tmp_path / "out", seeds=1)
-    run(tmp_path / "whole", seeds=1, executor=Counting(at_once=3))
+        run(tmp_path / "out", executor=Counting(at_once=3, kill_at=5), **settings)
+    run(tmp_path / "out", **settings)
+    run(tmp_path / "whole", executor=Counting(at_once=3), **settings)
     assert table(tmp_path / "out")["table"] == table(tmp_path / "whole")["table"]
     folder = RunFolder(tmp_path / "out" / "random" / "0")
     assert folder.read(folder.config)["parallel"] == {"at_once": 3}

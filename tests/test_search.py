@@ -228,7 +228,7 @@ def formula(light: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Formula],
 
     def use(accuracy: Formula) -> None:
         def recovered(
-            self: Pipeline, policy: Policy, *, final: bool = False
+            self: Pipeline, policy: Policy, *, final: bool = False, rival: Policy | None = None
         ) -> tuple[nn.Module, tuple[Measurement, ...]]:
             removed = self.bench.structure.removed(policy)
             network = self.bench.recovered(removed)
@@ -565,7 +565,7 @@ def test_the_tracker_is_told_whether_it_was_stopped_or_failed(tmp_path: Path, mo
         run(tmp_path / "killed", tracker=killed, sensitivity=())
     assert killed.finished["status"] == "KILLED"
 
-    def broken(self: Pipeline, policy: Policy, *, final: bool = False) -> Any:
+    def broken(self: Pipeline, policy: Policy, *, final: bool = False, rival: Policy | None = None) -> Any:
         raise ZeroDivisionError
 
     monkeypatch.setattr(Pipeline, "recovered", broken)
@@ -850,16 +850,14 @@ def test_a_race_measures_less_and_picks_as_well(agent: str, tmp_path: Path, ligh
     watcher = Watcher()
     raced = run(tmp_path / "raced", hard, race=True, progress=watcher, **given)
     whole = run(tmp_path / "whole", hard, **given)
-    stopped = [c for c in raced.candidates if c.measurements[-1].samples is not None]
+    stopped = [c for c in raced.candidates if c.stopped]
     uniform = next(c for c in raced.candidates if c.arm == "uniform")
     known = {c.id: c for c in raced.candidates}
     assert stopped
     assert all(c.rival is not None and c.accuracy < known[c.rival].accuracy for c in stopped)
     measured = sum(c.measurements[-1].samples or 1200 for c in raced.candidates) / (1200 * len(known))
-    assert (
-        f"{len(stopped)} of {len(known)} were clearly worse than their rival early: {measured:.0%} of the samples were "
-        "measured"
-    ) in watcher.lines
+    said = f"{len(stopped)} of {len(known)} were clearly worse than their rival early: {measured:.0%} of their samples"
+    assert f"{said} were measured" in watcher.lines
     assert ({c.rival for c in raced.candidates} > {None, uniform.id}) == (agent == "evolution")
     exact = {c.id: c for c in whole.candidates}
     same = [c for c in raced.candidates if c.measurements[-1].samples is None and c.id in exact]

@@ -5,8 +5,8 @@ from autoprune.evaluation.evaluator import TIME_LIMIT, Arm, Evaluator, Result
 from autoprune.evaluation.executor import Executor, InProcess, Runs, Work
 from autoprune.evaluation.ledger import Ledger
 from autoprune.evaluation.measure import Samples, measure
-from autoprune.evaluation.once import Once
-from autoprune.evaluation.pipeline import Outcome, Pipeline, Probe, Raced, Recovery, work_id
+from autoprune.evaluation.once import Once, outcomes
+from autoprune.evaluation.pipeline import Outcome, Pipeline, Probe, Raced, Recovery
 from autoprune.evaluation.precision import AGREEMENT, PRECISIONS, Choice, Precision, chosen
 from autoprune.evaluation.workbench import Workbench
 
@@ -37,5 +37,5 @@ __all__ = [
     "Workbench",
     "chosen",
     "measure",
-    "work_id",
+    "outcomes",
 ]

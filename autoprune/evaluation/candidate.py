@@ -100,6 +100,11 @@ class Candidate:
         return self.measurements[-1].steps if self.measurements else 0
 
     @property
+    def stopped(self) -> bool:
+        """Whether a race ended before all samples were measured, so that the accuracy is an estimate."""
+        return bool(self.measurements) and self.measurements[-1].samples is not None
+
+    @property
     def macs(self) -> int:
         """Multiply-adds."""
         return self.cost.macs

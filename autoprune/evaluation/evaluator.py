@@ -170,7 +170,7 @@ class Evaluator:
             raise
         finally:
             self.waited += time.monotonic() - started
-        proposal = next(one for one in self._pending.values() if one.work.id == outcome.id)
+        proposal = {one.work.id: one for one in self._pending.values()}[outcome.id]
         candidate = Candidate(
             number=proposal.number,
             id=proposal.policy.id,

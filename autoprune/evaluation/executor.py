@@ -12,7 +12,7 @@ __all__ = ["Executor", "InProcess", "Runs", "Work"]
 
 
 class Work(Protocol):
-    """What a pipeline runs on: a policy, or a probe; it must pickle where an executor has other processes."""
+    """What a pipeline runs on: a policy, raced or not, or a probe; it must pickle where there are other processes."""
 
     @property
     def id(self) -> str:

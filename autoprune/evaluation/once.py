@@ -6,14 +6,15 @@ from typing import final
 
 from autoprune.errors import ConfigError
 from autoprune.evaluation.executor import Executor, Runs, Work
-from autoprune.evaluation.pipeline import Outcome
+from autoprune.evaluation.ledger import Ledger
+from autoprune.evaluation.pipeline import Outcome, work_id
 
-__all__ = ["Once"]
+__all__ = ["Once", "outcomes"]
 
 
 @final
 class Once:
-    """Runs each policy once, on another executor; see `Executor`.
+    """Runs each policy once, in a race once against each rival, on another executor; see `Executor`.
 
     The pipelines that it is started with must give the same outcomes, as those of one task, seed and fidelity do: the
     first one goes on running until `stop`, so that workers need not be started for every search.
@@ -24,7 +25,7 @@ class Once:
         at_once: Policies that may be under way; by default as many as the executor has.
 
     Attributes:
-        known: Policy id → outcome.
+        known: Work id → outcome.
 
     Raises:
         ConfigError: `at_once` is below 1.
@@ -78,3 +79,8 @@ class Once:
         self._executor.close()
         self._running = False
         self._under_way = 0
+
+
+def outcomes(ledgers: Iterable[Ledger]) -> list[Outcome]:
+    """Return what came of the candidates that ledgers hold, for others to be told."""
+    return [Outcome(work_id(c.id, c.rival), c.measurements, c.seconds, c.failure) for ledger in ledgers for c in ledger]

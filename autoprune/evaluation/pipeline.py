@@ -150,7 +150,8 @@ class Pipeline:
         Args:
             policy: Which network.
             final: Whether to measure it once only, when it is done, and in float32.
-            rival: Once it is clearly worse than this policy, it is measured no further (see `Workbench.measure`).
+            rival: Once it is clearly worse than this policy, it is measured no further (see `Workbench.measure`);
+                neither what is final nor what is fine-tuned.
 
         Returns:
             The network, in eval mode, and what it measured, at every rung.
@@ -168,9 +169,10 @@ class Pipeline:
                 return model, tuple(measurements)
             self.train(model, steps, self.recovery.recipe, derive(self.seed, "fine-tuning", policy.id), removed)
             rung = "short"
-        other = None if rival is None else self._samples_of(rival)
+        races = bench.races and not final and steps == 0
+        other = self._samples_of(rival) if races and rival is not None else None
         samples = bench.measure(model, bench.precision.full if final else None, other)
-        if bench.race and not final and len(samples) == bench.task.n_val:
+        if races and len(samples) == bench.task.n_val:
             self._keep(policy.id, samples)
         last = samples.summary(rung, other)
         measurements.append(replace(last, steps=steps))

@@ -143,6 +143,11 @@ class Workbench:
         told = [f"{name} are read again for each network: {data.fault}" for name, data in kept.items() if data.fault]
         return [*told, "no candidate is stopped early"] if self.race and self._val.fault else told
 
+    @property
+    def races(self) -> bool:
+        """Whether a candidate can be stopped: in a race, where the samples are kept."""
+        return self.race and self._val.ready is not None
+
     def placed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches on the network's device, in its memory layout."""
         return self.precision.placed(batches, self.device)
@@ -200,7 +205,8 @@ class Workbench:
             rival: What another network did there; once this one is clearly worse, it is measured no further. Needs the
                 samples kept, in random order (see `race` of the class); else all are taken.
         """
-        if rival is not None and self.race and self._val.ready is not None:
+        if rival is not None and self.races:
+            assert self._val.ready is not None
             return self._raced(model, self._val.ready, precision or self.precision, rival)
         with suited_threads(self.macs):
             return self._measured(model, self._val, precision or self.precision)

@@ -158,8 +158,16 @@ class TestPipeline:
 
     def test_what_is_final_is_measured_on_all(self, task: Task, make_evaluator: Callable[..., Evaluator]) -> None:
         pipeline = racing(task, make_evaluator(task))
-        _, (last,) = pipeline.recovered(BAD, final=True)
+        _, (last,) = pipeline.recovered(BAD, final=True, rival=GOOD)
         assert last.samples is None
+        assert not pipeline._rivals
+
+    def test_what_is_fine_tuned_is_measured_on_all(self, task: Task, make_evaluator: Callable[..., Evaluator]) -> None:
+        raced = racing(task, make_evaluator(task))
+        pipeline = Pipeline(raced.bench, Recovery(200, finetune_steps=1), 0)
+        last = pipeline(Raced(BAD, GOOD)).measurements[-1]
+        assert (last.fidelity, last.samples) == ("short", None)
+        assert not pipeline._rivals
 
     def test_a_pipeline_elsewhere_stops_at_the_same_sample(
         self, task: Task, make_evaluator: Callable[..., Evaluator]
