@@ -29,7 +29,9 @@ class EvolutionAgent:
       the exact cost allows (see `switched`); EvoPress switches between layers of one size, in steps of one size.
     * EvoPress tests all offspring on few samples and ever fewer survivors on ever more. So does this agent where the
       search is a race, with `--race`: an offspring is measured on a tenth, a quarter, a half and all of the samples,
-      and survives a look unless it is clearly worse than its parent there, however its siblings do. With `--promote`
+      and survives a look unless it is clearly worse than its parent there, however its siblings do. That is not the
+      default, as it saves next to nothing (`benchmarks/throughput.md`): an offspring has to be recovered first, which
+      EvoPress's need not, and what it loses against its parent is less than some of the samples tell. With `--promote`
       the best go on to longer and longer fine-tuning. Offspring are compared by their value, and of equal ones the one
       that was evaluated first survives.
     * The first generation is the warm starts; without any, the uniform policy, as in EvoPress.
