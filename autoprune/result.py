@@ -279,16 +279,19 @@ def pick_from(
     """
     limits = Budget.parse(budget)
     dense_cost = evaluator.costs.dense
-    choices = pickable(evaluator.ledger)
+    choices = measured(evaluator.ledger)
     if not len(evaluator.ledger):
         raise ConfigError("the time limit ended before the first candidate; raise it, and the same search goes on")
     failures = [candidate.failure for candidate in evaluator.ledger if candidate.failure is not None]
     if failures and not choices:
         raise TaskError(f"all {len(failures)} candidates failed; the first: {failures[0]}; a lower lr may help")
     fits = None if budget is None else lambda candidate: limits.utilisation(candidate.cost, dense_cost) <= 1
+    offered = (
+        pickable(one for one in choices if fits is None or fits(one)) or choices
+    )  # else it is said what is nearest
     try:
         return pick(
-            choices,
+            offered,
             max_drop=max_drop,
             dense_accuracy=dense_accuracy,
             fits=fits,
@@ -299,8 +302,7 @@ def pick_from(
     except ConfigError:
         if not (fall_back and choices and max_drop is not None):
             raise
-    nearest = [candidate for candidate in choices if fits is None or fits(candidate)] or choices
-    return max(nearest, key=lambda c: c.accuracy), f"most accurate found; none is within a drop of {max_drop:g}"
+    return max(offered, key=lambda c: c.accuracy), f"most accurate found; none is within a drop of {max_drop:g}"
 
 
 def write_front(folder: RunFolder, evaluator: Evaluator) -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from autoprune.cost import Cost
 from autoprune.errors import ConfigError
-from autoprune.evaluation import InProcess, Measurement, Once, Outcome, Work
+from autoprune.evaluation import Candidate, InProcess, Ledger, Measurement, Once, Outcome, Raced, Work, outcomes
 from autoprune.policy import Policy
 from autoprune.testing import ExecutorContract, SyntheticPipeline
 
@@ -62,6 +63,16 @@ def test_what_is_known_is_not_evaluated() -> None:
     once.submit(QUARTER)
     assert once.finished() is found
     assert counting.told == ["start", "submit"]
+
+
+def test_what_a_ledger_holds_is_known_of_a_policy_and_its_rival() -> None:
+    ledger, cost, found = Ledger(), Cost(100, 10, 40), (Measurement("reconstructed", 0.9, 0.0, 0.1, 0.0),)
+    given: dict[str, Any] = {"arm": "search", "agent": "a", "removed": {"a": 1}, "cost": cost, "seconds": 1.0}
+    ledger.append(Candidate(0, HALF.id, policy=HALF, measurements=found, **given))
+    ledger.append(Candidate(1, QUARTER.id, policy=QUARTER, measurements=(), failure="nan", rival=HALF.id, **given))
+    alone, raced = outcomes([ledger])
+    assert alone == Outcome(HALF.id, found, 1.0)
+    assert raced == Outcome(Raced(QUARTER, HALF).id, (), 1.0, "nan")
 
 
 def test_searches_one_after_another_share_the_workers() -> None:
